@@ -1,0 +1,1 @@
+"""Nothing to install: the WebUI has all that the panel needs."""

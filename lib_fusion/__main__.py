@@ -1,0 +1,194 @@
+"""The command line: ``python -m lib_fusion generate|demo``. Flags come from the tables in settings.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lib_fusion import __version__
+from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.settings import (
+    EXPERT_PARAMETERS,
+    GENERATION_PARAMETERS,
+    PARAMETERS,
+    FusionSettings,
+    GenerationSettings,
+    Parameter,
+)
+
+#: The rows of an expert that have a flag of their own, ``--expert-...``.
+EXPERT_FLAGS = [row for row in EXPERT_PARAMETERS[1:] if "cli" in row.where]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage text, and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_rows(parser: argparse.ArgumentParser, rows: Iterable[Parameter]) -> None:
+    """A flag for each row; values stay text, and the table reads them."""
+    for row in rows:
+        if "cli" in row.where:
+            text = f"{row.help} ({row.allowed}; default {row.show(row.default) or 'empty'})"
+            parser.add_argument(row.flag, dest=row.key, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(prog="lib_fusion", description="Combine diffusion models while they denoise.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+
+    generate = commands.add_parser("generate", help="draw pictures with the embedded engine")
+    generate.add_argument("--base", required=True, metavar="FILE", help="the base checkpoint, SD1 .safetensors")
+    generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
+    generate.add_argument("--expert", action="append", default=[], metavar="FILE",
+                          help="an expert's checkpoint; may be repeated, the --expert-... flags follow the same order")
+    for row in EXPERT_FLAGS:
+        generate.add_argument("--expert-" + row.key.replace("_", "-"), dest=f"expert_{row.key}", action="append",
+                              default=[], metavar="VALUE", help=f"{row.help} ({row.allowed})")
+    generate.add_argument("--mask", metavar="FILE", help="for --method mask: a picture, white where the expert is used")
+    generate.add_argument("--out", default="outputs", metavar="FOLDER", help="where pictures go (default: outputs)")
+    add_rows(generate, GENERATION_PARAMETERS)
+    add_rows(generate, PARAMETERS)
+    _add_machine(generate)
+
+    demo = commands.add_parser("demo", help="fuse the demo's checkpoints and write a contact sheet")
+    demo.add_argument("--out", default="outputs/demo.png", metavar="FILE", help="the sheet (default: outputs/demo.png)")
+    demo.add_argument("--steps", default="50", metavar="VALUE", help="denoising steps (default 50)")
+    demo.add_argument("--seed", default="0", metavar="VALUE", help="seed of the first row")
+    _add_machine(demo)
+    return parser
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, mps (default: cpu)")
+    parser.add_argument("--dtype", default="float32", help=f"of the U-Nets: {', '.join(DTYPES)} (default: float32)")
+    parser.add_argument("--json", action="store_true", help="print the run's record as JSON on stdout")
+
+
+def read_experts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The experts as the API would give them; raises SettingError where flags outnumber experts."""
+    experts = [{"checkpoint": file} for file in args.expert]
+    for row in EXPERT_FLAGS:
+        values = getattr(args, f"expert_{row.key}")
+        if len(values) > len(experts):
+            flag = "expert-" + row.key.replace("_", "-")
+            raise SettingError(flag, values[-1], f"allowed: one for each --expert ({len(experts)})")
+        for expert, value in zip(experts, values, strict=False):
+            expert[row.key] = value
+    return experts
+
+
+def read_settings(args: argparse.Namespace) -> tuple[GenerationSettings, FusionSettings]:
+    given = vars(args)
+    generation = {row.key: given[row.key] for row in GENERATION_PARAMETERS if row.key in given}
+    fusion = {row.key: given[row.key] for row in PARAMETERS if row.key in given}
+    return (
+        GenerationSettings.from_dict({"prompts": args.prompt, **generation}),
+        FusionSettings.from_dict({"experts": read_experts(args), **fusion}),
+    )
+
+
+def read_machine(args: argparse.Namespace):
+    """The torch device and dtype; raises SettingError."""
+    import torch
+
+    if args.dtype not in DTYPES:
+        raise SettingError("dtype", args.dtype, f"allowed: {', '.join(DTYPES)}")
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError("device", args.device, "allowed: a torch device of this machine, such as cpu") from error
+    return getattr(torch, args.dtype), device
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    generation, fusion = read_settings(args)
+    dtype, device = read_machine(args)
+    mask = read_mask(args.mask, fusion)
+    from lib_fusion.engine.generate import Engine
+    from lib_fusion.engine.loader import quiet_libraries
+    from lib_fusion.engine.pictures import infotext, save_png
+
+    quiet_libraries()
+    engine = Engine(args.base, args.expert, dtype=dtype, device=device)
+    run = engine.generate(generation, fusion, fixed_mask=mask, progress=sys.stderr.isatty())
+    files = []
+    for i, picture in enumerate(run.pictures):
+        path = free_path(Path(args.out), f"{picture.seed:05d}-{i:03d}")
+        save_png(picture.image, path, infotext(picture.prompt, picture.seed, generation, fusion, Path(args.base).stem))
+        files.append(str(path))
+    run.record["files"] = files
+    if args.json:
+        print(json.dumps(run.record))
+    else:
+        print("\n".join(files))
+    return 0
+
+
+def read_mask(file: str | None, fusion: FusionSettings):
+    """The fixed mask as bool (1,1,h,w), or None; raises SettingError."""
+    if (file is None) != (fusion.method != "Mask"):
+        raise SettingError("mask", file, "allowed: a picture with --method mask, and only then")
+    if file is None:
+        return None
+    import numpy as np
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            return torch.from_numpy(np.asarray(image.convert("L")) > 127)[None, None]
+    except (OSError, UnidentifiedImageError) as error:
+        raise SettingError("mask", file, "allowed: a picture file") from error
+
+
+def free_path(folder: Path, name: str) -> Path:
+    """A name in the folder that no file has yet."""
+    path, number = folder / f"{name}.png", 2
+    while path.exists():
+        path, number = folder / f"{name}-{number}.png", number + 1
+    return path
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    generation = GenerationSettings.from_dict({"prompts": ["demo"], "steps": args.steps, "seed": args.seed})
+    dtype, device = read_machine(args)
+    from lib_fusion.engine.demo import make_sheet
+    from lib_fusion.engine.loader import quiet_libraries
+
+    quiet_libraries()
+    record = make_sheet(Path(args.out), generation.steps, generation.seed, dtype, device, progress=sys.stderr.isatty())
+    if args.json:
+        print(json.dumps(record))
+    else:
+        print(f"\n{'method':<22}{'seconds':>9}{'U-Net calls':>13}{'rows':>8}")
+        for row in record["runs"]:
+            print(f"{row['method']:<22}{row['seconds']:>9.1f}{sum(row['unet_calls']):>13}{sum(row['unet_rows']):>8}")
+        print(f"\nThe sheet: {record['sheet']}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return {"generate": run_generate, "demo": run_demo}[args.command](args)
+    except FusionError as error:
+        print(f"lib_fusion {args.command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        hint = "pip install 'sd-webui-denoiser-fusion[engine]'"
+        print(f"lib_fusion {args.command}: {error.name} is missing; {hint}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,71 @@
+"""The contact sheet of ``python -m lib_fusion demo``: the demo's trained experts alone, averaged, and fused."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from lib_fusion.engine.generate import Engine, single
+from lib_fusion.engine.pictures import mask_image, sheet
+from lib_fusion.errors import CheckpointError
+from lib_fusion.settings import ExpertSettings, FusionSettings, GenerationSettings
+
+FOLDER = Path(__file__).resolve().parents[2] / "demo"
+
+#: (base, expert, prompt, width, height): scenes whose pair of objects no model has been trained on.
+SCENES = (
+    ("animals", "vehicles", "a fox left of a tractor, flat drawing", 256, 128),
+    ("animals", "vehicles", "a bus left of a panda, glossy render", 256, 128),
+    ("food", "animals", "an owl left of a pizza, flat drawing", 256, 128),
+    ("vehicles", "food", "a rocket left of a strawberry, glossy render", 256, 128),
+)
+CFG_SCALE = 5.0
+HOLD = 900.0
+MASK_STEPS = 4
+
+
+def make_sheet(
+    out: Path, steps: int, seed: int, dtype: torch.dtype, device: torch.device, progress: bool = False
+) -> dict:
+    """Draws every scene by each method, writes the sheet, returns a record of seconds and U-Net calls per method."""
+    if not (FOLDER / "animals.safetensors").is_file():
+        raise CheckpointError(f"{FOLDER}: no demo checkpoints there; run this from a clone of the repository")
+    engines: dict[tuple[str, str], Engine] = {}
+    rows, runs = [], {}
+    for number, (base, expert, prompt, width, height) in enumerate(SCENES):
+        if (base, expert) not in engines:
+            files = [FOLDER / f"{name}.safetensors" for name in (base, expert)]
+            engines[base, expert] = Engine(files[0], files[1:], dtype=dtype, device=device)
+        engine = engines[base, expert]
+        generation = GenerationSettings(
+            (prompt,), width=width, height=height, steps=steps, seed=seed + number, cfg_scale=CFG_SCALE
+        )
+        snb = FusionSettings(experts=(ExpertSettings(expert),))
+        methods = {
+            "base": single(snb, 0),
+            "expert": single(snb, 1),
+            "average": replace(snb, method="Average"),
+            "SNB (paper)": snb,
+            "SNB, mask held": replace(snb, snb_hold=HOLD),
+        }
+        cells: list[Image.Image] = []
+        for method, settings in methods.items():
+            run = engine.generate(generation, settings, keep_masks=method == "SNB (paper)", progress=progress)
+            cells.append(run.pictures[0].image)
+            if run.pictures[0].masks:
+                masks = run.pictures[0].masks
+            total = runs.setdefault(method, {"method": method, "seconds": 0.0, "unet_calls": [], "unet_rows": []})
+            total["seconds"] += run.record["seconds"]
+            total["unet_calls"] += run.record["unet_calls"]
+            total["unet_rows"] += run.record["unet_rows"]
+        shown = [masks[round(i * (len(masks) - 1) / (MASK_STEPS - 1))] for i in range(MASK_STEPS)]
+        cells += [mask_image(m).resize((width, height), Image.Resampling.NEAREST) for _, m in shown]
+        rows.append((f"{prompt}  (base: {base}, expert: {expert})", cells))
+    columns = [*methods, *(f"mask at t = {t:.0f}" for t, _ in shown)]
+    sheet(rows, columns, out, "Two checkpoints, one picture",
+          "Masks of SNB (paper): orange where the noise is the expert's. Held: the mask of the first steps is kept.")
+    return {"sheet": str(out), "scenes": [list(scene) for scene in SCENES], "steps": steps, "seed": seed,
+            "fusion": asdict(snb), "runs": list(runs.values())}  # fmt: skip

@@ -1,0 +1,213 @@
+"""Generation: latents from noise under a fusion session, decoded and returned with a record of the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from lib_fusion.checkpoint import Checkpoint
+from lib_fusion.engine.loader import VAE_SCALE, DiffusionModel, check_checkpoint, load_model
+from lib_fusion.engine.samplers import make_scheduler
+from lib_fusion.errors import CheckpointError, SettingError
+from lib_fusion.session import FusionSession, MaskRecord
+from lib_fusion.settings import FusionSettings, GenerationSettings
+
+
+@dataclass
+class Conditioning:
+    """What one model is told: text states (B,T,D) with and without the prompt."""
+
+    cond: torch.Tensor
+    uncond: torch.Tensor
+
+
+@dataclass
+class Picture:
+    """One result: the image, its prompt and seed, and (where asked for) the masks of its steps, int64 (h,w)."""
+
+    image: Image.Image
+    prompt: str
+    seed: int
+    masks: list[tuple[float, torch.Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """All pictures of a run and its record: settings, seconds, U-Net calls and rows per model."""
+
+    pictures: list[Picture]
+    record: dict
+
+
+class Engine:
+    """The base and its experts, loaded once, for any number of runs.
+
+    An expert that is the same file as the base, or as another expert, shares what is loaded. Everything is checked
+    before anything is loaded; raises SettingError or CheckpointError.
+    """
+
+    def __init__(
+        self, base: str | Path, experts: Sequence[str | Path] = (), *,
+        dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
+        self.device = torch.device(device)
+        files = [check_checkpoint(path) for path in (base, *experts)]
+        for file in files[1:]:
+            _check_fits(files[0], file)
+        loaded: dict[Path, DiffusionModel] = {}
+        for i, file in enumerate(files):
+            if file.path.resolve() not in loaded:
+                loaded[file.path.resolve()] = load_model(file, dtype, device, with_vae=i == 0)
+        self.models = [loaded[file.path.resolve()] for file in files]
+        self.vae = self.models[0].vae
+
+    @torch.no_grad()
+    def generate(
+        self, generation: GenerationSettings, fusion: FusionSettings | None = None, *,
+        fixed_mask: torch.Tensor | None = None, keep_masks: bool = False, progress: bool = False,
+    ) -> Run:  # fmt: skip
+        """Draws ``count`` pictures of every prompt. ``fusion.experts`` are, in order, those the engine has loaded.
+
+        ``fixed_mask`` (bool (1,1,h,w)) is for method Mask. A picture depends on its own prompt and seed only.
+        """
+        fusion = fusion or FusionSettings()
+        self.check(fusion, fixed_mask)
+        jobs = [(prompt, generation.seed + i) for prompt in generation.prompts for i in range(generation.count)]
+        pictures: list[Picture] = []
+        calls = [0] * (1 + len(fusion.experts))
+        rows = list(calls)
+        began = time.perf_counter()
+        size = generation.batch_size
+        total = generation.steps * ((len(jobs) + size - 1) // size)
+        with tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True) as bar:
+            for start in range(0, len(jobs), size):
+                batch = jobs[start : start + size]
+                session = FusionSession(fusion, fixed_mask, keep_masks)
+                latents = self.denoise(batch, generation, session, bar)
+                images = self.decode(latents)
+                for i, ((prompt, seed), image) in enumerate(zip(batch, images, strict=True)):
+                    pictures.append(Picture(image, prompt, seed, [_mask_of(m, i) for m in session.masks]))
+                calls = [a + b for a, b in zip(calls, session.calls, strict=True)]
+                rows = [a + b for a, b in zip(rows, session.rows, strict=True)]
+        record = {
+            "base": self.models[0].path.stem,
+            **asdict(generation),
+            **fusion.to_dict(),
+            "pictures": len(pictures),
+            "seconds": round(time.perf_counter() - began, 3),
+            "unet_calls": calls,
+            "unet_rows": rows,
+        }
+        return Run(pictures, record)
+
+    def check(self, fusion: FusionSettings, fixed_mask: torch.Tensor | None = None) -> None:
+        """Refuses settings that these models can't do; raises SettingError."""
+        if len(fusion.experts) > len(self.models) - 1:
+            raise SettingError("experts", len(fusion.experts), f"allowed: at most the {len(self.models) - 1} loaded")
+        if fusion.method == "Mask" and (fixed_mask is None or not fusion.experts):
+            raise SettingError("method", "Mask", "it needs an expert and a mask picture")
+        if fusion.snb_outside == "expert" and not fusion.experts:
+            raise SettingError("snb_outside", "expert", "allowed without an expert: base")
+        width = self.models[0].text.model.config.hidden_size
+        for i, expert in enumerate(fusion.experts):
+            needs = self.models[i + 1].unet.context_dim
+            if expert.text_encoder == "base" and needs != width:
+                allowed = f"allowed: own, since the base's text states are {width} wide and this expert needs {needs}"
+                raise SettingError(f"experts[{i}].text_encoder", "base", allowed)
+
+    def denoise(
+        self, jobs: Sequence[tuple[str, int]], generation: GenerationSettings, session: FusionSession,
+        bar: tqdm | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """The final latents (B,4,H/8,W/8), float32, of (prompt, seed) pairs."""
+        told = self._conditionings([prompt for prompt, _ in jobs], generation, session.settings)
+        scheduler = make_scheduler(generation.sampler, generation.steps, self.device)
+        shape = (1, self.models[0].unet.out_channels, generation.height // 8, generation.width // 8)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for _, seed in jobs]
+        x = torch.cat(noise).to(self.device) * scheduler.init_noise_sigma
+        alphas = scheduler.alphas_cumprod.to(self.device)
+        for t in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(x, t)
+            cond, uncond = {}, {}
+            for i in session.models_at(float(t)):
+                cond[i], uncond[i] = self._predict(self.models[i], told[i], scaled, t, alphas)
+                session.count(i, 2 * len(x))
+            c, u = session.fuse(float(t), cond, uncond, generation.cfg_scale)
+            x = scheduler.step(u + generation.cfg_scale * (c - u), t, x).prev_sample
+            if bar is not None:
+                bar.update()
+        return x
+
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """Pictures of latents (B,4,h,w), by the base's VAE."""
+        images = []
+        for z in latents.split(1):
+            x = self.vae.decode(z / VAE_SCALE).sample.clamp(-1, 1)
+            array = ((x[0] + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+            images.append(Image.fromarray(array))
+        return images
+
+    def _conditionings(
+        self, prompts: list[str], generation: GenerationSettings, fusion: FusionSettings
+    ) -> list[Conditioning]:
+        negatives = [generation.negative_prompt] * len(prompts)
+        told = [Conditioning(self.models[0].text(prompts), self.models[0].text(negatives))]
+        for model, expert in zip(self.models[1:], fusion.experts, strict=False):
+            text = self.models[0].text if expert.text_encoder == "base" else model.text
+            own = [expert.prompt] * len(prompts) if expert.prompt else prompts
+            own_negatives = [expert.negative_prompt] * len(prompts) if expert.negative_prompt else negatives
+            told.append(Conditioning(text(own), text(own_negatives)))
+        return told
+
+    def _predict(
+        self, model: DiffusionModel, told: Conditioning, x: torch.Tensor, t: torch.Tensor, alphas: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A model's noise for the scaled latents (B,4,h,w) with and without its prompt; float32."""
+        rows = torch.cat([x, x])
+        timesteps = t.to(self.device, torch.float32).expand(len(rows))
+        output = model.unet(rows, timesteps, torch.cat([told.cond, told.uncond])).float()
+        if model.unet.prediction == "v":  # eps = sqrt(a) v + sqrt(1 - a) x, with x variance-preserving
+            a = _alpha_at(t.to(self.device), alphas)
+            output = a.sqrt() * output + (1 - a).sqrt() * rows
+        cond, uncond = output.chunk(2)
+        return cond, uncond
+
+
+def _check_fits(base: Checkpoint, expert: Checkpoint) -> None:
+    if expert.latent_channels != base.latent_channels:
+        raise CheckpointError(
+            f"{expert.path}: its U-Net predicts {expert.latent_channels} latent channels, "
+            f"allowed: {base.latent_channels} as the base's"
+        )
+    for file in (base, expert):
+        taken = file.unet_shapes["input_blocks.0.0.weight"][1]
+        if taken != file.latent_channels:
+            raise CheckpointError(
+                f"{file.path}: its U-Net takes {taken} channels (an inpainting model?), allowed: {file.latent_channels}"
+            )
+
+
+def _alpha_at(t: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+    """alphas_cumprod at a fractional timestep, linear in log sigma as the schedulers interpolate."""
+    log_sigmas = ((1 - alphas) / alphas).log() / 2
+    low = t.floor().long().clamp(0, len(alphas) - 1)
+    high = (low + 1).clamp(max=len(alphas) - 1)
+    log_sigma = torch.lerp(log_sigmas[low], log_sigmas[high], (t - low).to(log_sigmas.dtype))
+    return 1 / (1 + (2 * log_sigma).exp())
+
+
+def _mask_of(record: MaskRecord, picture: int) -> tuple[float, torch.Tensor]:
+    return record.timestep, record.winner[picture, 0]
+
+
+def single(fusion: FusionSettings, model: int) -> FusionSettings:
+    """Settings under which model ``model`` (0 the base, 1 the first expert) draws alone, with its own prompts."""
+    if model == 0:
+        return FusionSettings()
+    return replace(fusion, method="SNB", snb_window=(0.0, 0.0), snb_outside="expert")

@@ -1,0 +1,28 @@
+"""The samplers by the names the WebUI gives them, as diffusers' schedulers with Stable Diffusion's noise schedule."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
+
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def make_scheduler(sampler: str, steps: int, device: str | torch.device = "cpu") -> SchedulerMixin:
+    """A scheduler set to ``steps`` steps, for noise predictions; v predictions are converted before they reach it."""
+    karras = sampler.endswith(" Karras")
+    name = sampler.removesuffix(" Karras")
+    if name == "DDIM":
+        scheduler = DDIMScheduler(
+            **SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"
+        )
+    elif name == "Euler":
+        scheduler = EulerDiscreteScheduler(**SCHEDULE, use_karras_sigmas=karras, timestep_spacing="linspace")
+    elif name == "DPM++ 2M":
+        scheduler = DPMSolverMultistepScheduler(
+            **SCHEDULE, use_karras_sigmas=karras, timestep_spacing="linspace", algorithm_type="dpmsolver++"
+        )
+    else:
+        raise ValueError(f"no sampler {sampler!r}")
+    scheduler.set_timesteps(steps, device=device)
+    return scheduler

@@ -1,0 +1,1 @@
+"""The methods, one file each: pure tensor code, no host, no I/O."""

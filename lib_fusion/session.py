@@ -1,0 +1,135 @@
+"""One sampling pass: which models run at each timestep, and how their noise predictions become one.
+
+Built from settings at the start of a pass and thrown away at its end; it holds all state there is (the mask that is
+held, the counts). It knows neither the engine nor the WebUI: both call ``models_at`` and then ``fuse``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from lib_fusion.methods import snb
+from lib_fusion.settings import FusionSettings
+
+BASE = 0
+
+
+@dataclass
+class MaskRecord:
+    """What SNB decided at one timestep: the winning model per position, int64 (B,1,H,W), 0 the base."""
+
+    timestep: float
+    winner: torch.Tensor
+
+
+@dataclass
+class FusionSession:
+    """Model 0 is the base, 1.. are the experts in the settings' order.
+
+    ``fixed_mask``: bool (1 or B,1,h,w), True where the first expert rules, for method Mask; resized to the latent.
+    ``calls`` and ``rows`` count U-Net calls and batch rows per model, as reported by ``count``.
+    """
+
+    settings: FusionSettings
+    fixed_mask: torch.Tensor | None = None
+    keep_masks: bool = False
+    masks: list[MaskRecord] = field(default_factory=list)
+    calls: list[int] = field(init=False)
+    rows: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_models = 1 + len(self.settings.experts)
+        self.calls, self.rows = [0] * self.num_models, [0] * self.num_models
+        self._hold = snb.HeldMask(self.settings.snb_hold)
+        self._held_models: tuple[int, ...] | None = None
+        self._last_winner: torch.Tensor | None = None
+
+    def models_at(self, timestep: float) -> tuple[int, ...]:
+        """The models that must run at this timestep, ascending.
+
+        Outside the window the one that runs alone; inside, all, less those without a position in a held mask.
+        """
+        if self.num_models == 1:
+            return (BASE,)
+        if not self.settings.in_window(timestep):
+            return (BASE,) if self.settings.snb_outside == "base" else (1,)
+        if self.settings.method == "SNB" and self._hold.is_held(timestep):
+            if self._held_models is None:
+                self._held_models = tuple(self._hold.held().unique().tolist())
+            return self._held_models
+        if self.settings.method == "Mask":
+            return (BASE, 1)
+        return tuple(range(self.num_models))
+
+    def count(self, model: int, rows: int) -> None:
+        """Notes one U-Net call of ``rows`` batch rows."""
+        self.calls[model] += 1
+        self.rows[model] += rows
+
+    def fuse(
+        self,
+        timestep: float,
+        cond: Mapping[int, torch.Tensor],
+        uncond: Mapping[int, torch.Tensor],
+        guidance_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One conditional and one unconditional noise (B,C,H,W) from those of the models in ``models_at(timestep)``."""
+        if len(cond) == 1:
+            return next(iter(cond.values())), next(iter(uncond.values()))
+        if self.settings.method == "Average":
+            return snb.average(cond.values()), snb.average(uncond.values())
+        index = self.winner(timestep, cond, uncond, guidance_scale)
+        return snb.select(index, cond), snb.select(index, uncond)
+
+    def fuse_rows(
+        self,
+        timestep: float,
+        rows: Mapping[int, torch.Tensor],
+        owner: torch.Tensor,
+        cond: Mapping[int, torch.Tensor] | None,
+        uncond: Mapping[int, torch.Tensor] | None,
+        guidance_scale: float,
+    ) -> torch.Tensor | None:
+        """The fused rows (R,C,H,W) where an image has several, as with composed prompts.
+
+        ``rows`` are the models' raw outputs (R,C,H,W), and ``owner`` (R,) tells whose image each row is. ``cond`` and
+        ``uncond`` (B,C,H,W) are noises, for the saliency; None where the host left the unconditional half out, and then
+        the last mask is held. None is returned where there is no mask yet.
+        """
+        if self.settings.method == "Average":
+            return snb.average(rows.values())
+        index = self._last_winner if cond is None else self.winner(timestep, cond, uncond, guidance_scale)
+        return None if index is None else snb.select(index[owner], rows)
+
+    def winner(
+        self,
+        timestep: float,
+        cond: Mapping[int, torch.Tensor],
+        uncond: Mapping[int, torch.Tensor],
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """Which model each position is taken from at this timestep: int64 (B,1,H,W)."""
+        first = next(iter(cond.values()))
+        if self.settings.method == "Mask":
+            mask = F.interpolate(self.fixed_mask.float(), size=first.shape[-2:], mode="area") > 0.5
+            index = mask.to(first.device, torch.int64).expand(first.shape[0], 1, -1, -1)
+        elif self._hold.is_held(timestep):
+            index = self._hold.held()
+        else:
+            s = self.settings
+            maps = snb.log_maps(
+                [
+                    snb.saliency(cond[i], uncond[i if s.snb_saliency == "own" else BASE], guidance_scale)
+                    for i in range(self.num_models)
+                ],
+                [s.k_general] + [s.k_expert] * (self.num_models - 1),
+            )
+            index = self._hold.update(timestep, maps)
+        self._last_winner = index
+        if self.keep_masks:
+            self.masks.append(MaskRecord(timestep, index.cpu()))
+        return index

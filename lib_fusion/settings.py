@@ -1,0 +1,278 @@
+"""The one table of parameters. Panel, API, infotext, XYZ plot, presets and command line all derive from its rows.
+
+A row says what a value may be, reads it from JSON or text (``read``), writes it as text (``show``), and carries the
+words for people. ``FusionSettings`` is a validated set of values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lib_fusion.errors import SettingError
+
+TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row: ``key`` in the API, ``label`` in the panel and (after "Fusion ") in infotext and XYZ, ``--key`` as flag.
+
+    ``kind`` is one of bool, int, float, choice, text, window; numbers lie in ``low..high`` inclusive; ``step`` is the
+    slider's; ``where`` names the surfaces that have the row: "panel" (with API, infotext, XYZ), "cli".
+    """
+
+    key: str
+    kind: str
+    default: Any
+    label: str
+    help: str
+    low: float = -math.inf
+    high: float = math.inf
+    step: float | None = None
+    choices: tuple[str, ...] = ()
+    where: tuple[str, ...] = ("panel", "cli")
+    multiple_of: int = 1
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.key.replace("_", "-")
+
+    @property
+    def infotext(self) -> str:
+        return f"Fusion {self.label}"
+
+    @property
+    def allowed(self) -> str:
+        """What a value may be, for help texts and errors."""
+        if self.kind == "bool":
+            return "allowed: true or false"
+        if self.kind == "choice":
+            return f"allowed: {', '.join(self.choices)}"
+        if self.kind == "window":
+            return f"allowed: START:END, timesteps with {self.high:g} >= START >= END >= {self.low:g}"
+        if self.kind == "text":
+            return "allowed: text"
+        number = "a whole number" if self.kind == "int" else "a number"
+        multiple = f" divisible by {self.multiple_of}" if self.multiple_of > 1 else ""
+        limits = [f"at least {self.low:g}"] if self.low > -math.inf else []
+        limits += [f"at most {self.high:g}"] if self.high < math.inf else []
+        return f"allowed: {number}{multiple}{' ' if limits else ''}{' and '.join(limits)}"
+
+    def read(self, value: Any, field_name: str | None = None) -> Any:
+        """The value in its own type, from JSON, the command line or infotext; raises SettingError."""
+        try:
+            result = _READERS[self.kind](self, value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise SettingError(field_name or self.key, value, self.allowed) from error
+        return result
+
+    def show(self, value: Any) -> str:
+        """The value as text that ``read`` takes back."""
+        if self.kind == "window":
+            return f"{value[0]:g}:{value[1]:g}"
+        return f"{value:g}" if self.kind == "float" else str(value)
+
+
+def _refuse(condition: bool) -> None:
+    if condition:
+        raise ValueError
+
+
+def _read_bool(_: Parameter, value: Any) -> bool:
+    text = str(value).strip().lower() if isinstance(value, (bool, str)) else ""
+    _refuse(text not in ("true", "false"))
+    return text == "true"
+
+
+def _read_number(row: Parameter, value: Any) -> float | int:
+    _refuse(isinstance(value, bool) or not isinstance(value, (int, float, str)))
+    number = float(value)
+    _refuse(not math.isfinite(number) or not row.low <= number <= row.high)
+    if row.kind == "int":
+        _refuse(number != int(number) or int(number) % row.multiple_of != 0)
+        return int(number)
+    return number
+
+
+def _read_choice(row: Parameter, value: Any) -> str:
+    _refuse(not isinstance(value, str))
+    by_name = {choice.lower(): choice for choice in row.choices}
+    _refuse(value.strip().lower() not in by_name)
+    return by_name[value.strip().lower()]
+
+
+def _read_text(_: Parameter, value: Any) -> str:
+    _refuse(not isinstance(value, str))
+    return value
+
+
+def _read_window(row: Parameter, value: Any) -> tuple[float, float]:
+    parts = value.split(":") if isinstance(value, str) else list(value)
+    _refuse(len(parts) != 2 or any(isinstance(part, bool) for part in parts))
+    start, end = (float(part) for part in parts)
+    _refuse(not (row.high >= start >= end >= row.low))
+    return start, end
+
+
+_READERS: dict[str, Callable[[Parameter, Any], Any]] = {
+    "bool": _read_bool, "int": _read_number, "float": _read_number, "choice": _read_choice, "text": _read_text,
+    "window": _read_window,
+}  # fmt: skip
+
+
+#: Rows of one expert; the panel has a block of them for each.
+EXPERT_PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("checkpoint", "text", "", "checkpoint",
+              "The expert's checkpoint; the base's own name is allowed and loads nothing twice."),
+    Parameter("prompt", "text", "", "prompt", "The expert's own prompt; empty: the picture's."),
+    Parameter("negative_prompt", "text", "", "negative prompt",
+              "The expert's own negative prompt; empty: the picture's."),
+    Parameter("text_encoder", "choice", "own", "text encoder",
+              "Whose text encoder reads the expert's prompts: its own, or the base's as in MagicFusion's code.",
+              choices=("own", "base")),
+    Parameter("loras", "bool", False, "LoRAs", "Whether the LoRAs of the picture's prompt also act on this expert.",
+              where=("panel",)),
+)  # fmt: skip
+
+#: Rows of the fusion itself.
+PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("method", "choice", "SNB", "method",
+              "SNB: each position from the most salient model. Average: the mean of all models' noises. "
+              "Mask: the first expert where a given picture is white.",
+              choices=("SNB", "Average", "Mask")),
+    Parameter("snb_window", "window", (1000.0, 0.0), "window",
+              "Timesteps in which the models are fused, from START down to END (1000 is pure noise, 0 the picture).",
+              low=0, high=TIMESTEPS),
+    Parameter("snb_outside", "choice", "base", "outside",
+              "Which model runs alone outside the window: the base or the first expert.", choices=("base", "expert")),
+    Parameter("k_general", "float", 1.0, "k general", "How peaked the base's saliency map is.",
+              low=0, high=1000, step=0.1),
+    Parameter("k_expert", "float", 1.0, "k expert", "How peaked the experts' saliency maps are.",
+              low=0, high=1000, step=0.1),
+    Parameter("snb_saliency", "choice", "own", "saliency",
+              "own: each model's prompt against its own empty prompt (the paper). "
+              "code: against the base's empty prompt (the official code).", choices=("own", "code")),
+    Parameter("snb_hold", "float", 0.0, "mask hold",
+              "The saliency mask is accumulated down to this timestep and then held; "
+              "0: a new mask at every step (the paper).",
+              low=0, high=TIMESTEPS, step=10),
+    Parameter("passes", "choice", "both", "passes",
+              "In which sampling passes the models are fused: both, only the first, or only hires fix.",
+              choices=("both", "first", "hires"), where=("panel",)),
+)  # fmt: skip
+
+#: The panel's own switch; what the API gives is on unless it says otherwise.
+ENABLED = Parameter("enabled", "bool", True, "enabled", "Whether anything is done at all.", where=("panel",))
+
+#: How many experts the panel and the API take.
+MAX_EXPERTS = 3
+
+
+#: Rows of a generation with the embedded engine; in the WebUI they are the host's own.
+GENERATION_PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("negative_prompt", "text", "", "negative prompt", "What the picture should not show.", where=("cli",)),
+    Parameter("width", "int", 512, "width", "Width of the picture in pixels.", 64, 4096,
+              multiple_of=8, where=("cli",)),
+    Parameter("height", "int", 512, "height", "Height of the picture in pixels.", 64, 4096,
+              multiple_of=8, where=("cli",)),
+    Parameter("steps", "int", 50, "steps", "Denoising steps.", 1, 1000, where=("cli",)),
+    Parameter("sampler", "choice", "DDIM", "sampler", "How a step is taken.", where=("cli",),
+              choices=("DDIM", "Euler", "Euler Karras", "DPM++ 2M", "DPM++ 2M Karras")),
+    Parameter("cfg_scale", "float", 7.5, "CFG scale", "Classifier-free guidance scale; 1 is none.", 1, 100,
+              where=("cli",)),
+    Parameter("seed", "int", 0, "seed", "Seed of the first picture; each further one takes the next.", 0, 2**32 - 1,
+              where=("cli",)),
+    Parameter("count", "int", 1, "count", "Pictures of each prompt.", 1, 1000, where=("cli",)),
+    Parameter("batch_size", "int", 4, "batch size", "Pictures denoised at a time.", 1, 64, where=("cli",)),
+)  # fmt: skip
+
+
+def read_rows(rows: Iterable[Parameter], values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Validated values of all ``rows``, defaults where ``values`` has no such key; unknown keys raise SettingError."""
+    rows = list(rows)
+    known = {row.key for row in rows}
+    for key in values:
+        if key not in known:
+            raise SettingError(f"{prefix}{key}", values[key], f"no such setting; there are: {', '.join(sorted(known))}")
+    return {row.key: row.read(values.get(row.key, row.default), f"{prefix}{row.key}") for row in rows}
+
+
+@dataclass(frozen=True)
+class ExpertSettings:
+    """One expert; fields as in EXPERT_PARAMETERS."""
+
+    checkpoint: str
+    prompt: str = ""
+    negative_prompt: str = ""
+    text_encoder: str = "own"
+    loras: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What to draw; fields as in GENERATION_PARAMETERS, and the prompts."""
+
+    prompts: tuple[str, ...]
+    negative_prompt: str = ""
+    width: int = 512
+    height: int = 512
+    steps: int = 50
+    sampler: str = "DDIM"
+    cfg_scale: float = 7.5
+    seed: int = 0
+    count: int = 1
+    batch_size: int = 4
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GenerationSettings:
+        """From a dict with ``prompts`` and any of the rows; raises SettingError naming the field."""
+        prompts = tuple(values.get("prompts") or ())
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise SettingError("prompt", list(prompts), "allowed: at least one text")
+        rest = {key: value for key, value in values.items() if key != "prompts"}
+        return cls(prompts=prompts, **read_rows(GENERATION_PARAMETERS, rest))
+
+
+@dataclass(frozen=True)
+class FusionSettings:
+    """A validated set of values; fields as in PARAMETERS, and the experts."""
+
+    experts: tuple[ExpertSettings, ...] = ()
+    method: str = "SNB"
+    snb_window: tuple[float, float] = (1000.0, 0.0)
+    snb_outside: str = "base"
+    k_general: float = 1.0
+    k_expert: float = 1.0
+    snb_saliency: str = "own"
+    snb_hold: float = 0.0
+    passes: str = "both"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FusionSettings:
+        """From an API dict or parsed flags: every key optional; raises SettingError naming the field."""
+        if not isinstance(values, Mapping):
+            raise SettingError("settings", values, "allowed: an object of settings")
+        experts = values.get("experts", ())
+        if isinstance(experts, (str, Mapping)) or not isinstance(experts, Iterable):
+            raise SettingError("experts", experts, "allowed: a list of objects")
+        read = []
+        for i, expert in enumerate(experts):
+            if not isinstance(expert, Mapping):
+                raise SettingError(f"experts[{i}]", expert, "allowed: an object with a checkpoint")
+            read.append(ExpertSettings(**read_rows(EXPERT_PARAMETERS, expert, f"experts[{i}].")))
+        rest = {key: value for key, value in values.items() if key != "experts"}
+        return cls(experts=tuple(read), **read_rows(PARAMETERS, rest))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values as JSON, as ``from_dict`` takes them."""
+        rows = {row.key: getattr(self, row.key) for row in PARAMETERS}
+        rows["snb_window"] = list(self.snb_window)
+        return {"experts": [dict(vars(expert)) for expert in self.experts], **rows}
+
+    def in_window(self, timestep: float) -> bool:
+        """Whether the models are fused at this timestep: ``start >= t > end``, and down to 0 where the end is 0."""
+        start, end = self.snb_window
+        return start > end and timestep <= start and (timestep > end or end == 0)

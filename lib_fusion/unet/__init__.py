@@ -1,0 +1,1 @@
+"""What is known about LDM-shaped U-Nets: building, loading and reading them."""

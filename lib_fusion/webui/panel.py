@@ -1,0 +1,212 @@
+"""The panel in txt2img and img2img. Its controls are built from the table, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+# Modules, not names from them: a UI reload makes the host's UI classes anew.
+from modules import infotext_utils, paths, sd_models, shared, ui_common, ui_components
+
+from lib_fusion import infotext
+from lib_fusion.errors import FusionError
+from lib_fusion.infotext import Field
+from lib_fusion.settings import MAX_EXPERTS
+from lib_fusion.webui import experts, presets, request
+from lib_fusion.webui.runtime import runtime
+from lib_fusion.webui.sampling import PLACES
+
+#: A slider is of no use where it has more stops than this.
+MOST_STOPS = 1000
+
+
+@dataclass
+class Built:
+    """What the host wants to know of a built panel: its inputs in the order of the script's arguments, and pasting."""
+
+    inputs: list[Any]
+    infotext_fields: list[Any]
+    paste_field_names: list[Paste]
+
+
+def build(elem_id: Callable[[str], str]) -> Built:
+    """Builds the panel of one tab, and keeps nothing: the host calls this several times."""
+    controls: dict[str, list[Any]] = {}
+    fields = {field.element: field for field in infotext.list_fields()}
+
+    def place(*elements: str) -> None:
+        for element in elements:
+            controls[element] = make_controls(fields[element], elem_id)
+
+    with ui_components.InputAccordion(False, label="Denoiser Fusion", elem_id=elem_id("enable")) as enabled:
+        with gr.Tabs(elem_id=elem_id("tabs"), elem_classes=["denoiser-fusion"]):
+            with gr.Tab("Experts", elem_id=elem_id("tab_experts")):
+                build_experts(place, controls, elem_id)
+            with gr.Tab("Blend", elem_id=elem_id("tab_blend")):
+                with gr.Row():
+                    place("method", "snb_saliency")
+                with gr.Row():
+                    place("snb_window", "snb_outside")
+                with gr.Row():
+                    place("k_general", "k_expert", "snb_hold")
+            with gr.Tab("Passes", elem_id=elem_id("tab_passes")):
+                place("passes")
+        inputs = [control for element in fields for control in controls[element]]
+        build_presets(inputs, elem_id)
+        build_memory(elem_id)
+
+    pastes = [Paste(), *(Paste(field, part) for field in fields.values() for part in range(field.width))]
+    pasted = [infotext_utils.PasteField(control, paste) for control, paste in zip([enabled, *inputs], pastes)]
+    return Built([enabled, *inputs], pasted, pastes)
+
+
+def build_experts(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
+    """The first expert in full view, the others folded away."""
+    for i in range(MAX_EXPERTS):
+        name = f"expert{i + 1}"
+        with gr.Accordion(f"Expert {i + 1}", open=i == 0, elem_id=elem_id(name)):
+            with gr.Row(elem_classes=["denoiser-fusion-row"]):
+                place(f"{name}_checkpoint")
+                ui_common.create_refresh_button(
+                    controls[f"{name}_checkpoint"][0], sd_models.list_models,
+                    lambda: {"choices": list_choices()}, elem_id(f"{name}_refresh"),
+                )  # fmt: skip
+                place(f"{name}_text_encoder", f"{name}_loras")
+            with gr.Row():
+                place(f"{name}_prompt", f"{name}_negative_prompt")
+
+
+def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
+    """Apply, save, delete and refresh; whatever goes wrong is told in a line under the list."""
+    store = presets.Presets(Path(paths.data_path) / "denoiser-fusion-presets.json")
+    with gr.Row(elem_classes=["denoiser-fusion-row"]):
+        chosen = ui_components.DropdownEditable(
+            label="Fusion preset", choices=names_of(store), value="", elem_id=elem_id("preset"),
+            tooltip="Settings kept under a name. To save your own, type a new name and press save.",
+        )  # fmt: skip
+        chosen.do_not_save_to_config = True
+        apply = tool("✔️", "Apply this preset", elem_id("preset_apply"))
+        save = tool("💾", "Save the settings above under this name", elem_id("preset_save"))
+        delete = tool("🗑️", "Delete this preset", elem_id("preset_delete"))
+        refresh = tool("🔄", "Refresh the list", elem_id("preset_refresh"))
+    told = gr.HTML(elem_id=elem_id("preset_told"), elem_classes=["denoiser-fusion-told"])
+
+    def on_apply(name: str) -> list[Any]:
+        try:
+            values = request.dict_to_panel(store.get(name))
+        except FusionError as error:
+            return [gr.update() for _ in inputs] + [str(error)]
+        return [gr.update() if value is None else gr.update(value=value) for value in values] + [f"Applied: {name}"]
+
+    def on_save(name: str, *values: Any) -> list[Any]:
+        settings = request.panel_to_dict([True, *values])
+        settings.pop("enabled")
+        return act(lambda: store.save(name, settings), f"Saved: {name}")
+
+    def act(do: Callable[[], None], done: str) -> list[Any]:
+        try:
+            do()
+        except FusionError as error:
+            done = str(error)
+        return [gr.update(choices=names_of(store)), done]
+
+    apply.click(on_apply, inputs=[chosen], outputs=[*inputs, told], show_progress=False)
+    save.click(on_save, inputs=[chosen, *inputs], outputs=[chosen, told], show_progress=False)
+    delete.click(lambda name: act(lambda: store.delete(name), f"Deleted: {name}"), inputs=[chosen],
+                 outputs=[chosen, told], show_progress=False)  # fmt: skip
+    refresh.click(lambda: act(lambda: None, ""), outputs=[chosen, told], show_progress=False)
+
+
+def build_memory(elem_id: Callable[[str], str]) -> None:
+    """How much the kept experts take, and a button that frees it."""
+    with gr.Row(elem_classes=["denoiser-fusion-row", "denoiser-fusion-memory"]):
+        shown = gr.HTML(runtime.describe_memory, elem_id=elem_id("memory"), elem_classes=["denoiser-fusion-told"])
+        look = tool("🔄", "Show the memory in use", elem_id("memory_refresh"))
+        free = gr.Button("Free memory", size="sm", elem_id=elem_id("free"),
+                         tooltip="Unload the experts; the next generation loads what it needs again.")  # fmt: skip
+
+    def on_free() -> str:
+        runtime.free()
+        return runtime.describe_memory()
+
+    look.click(runtime.describe_memory, outputs=[shown], show_progress=False)
+    free.click(on_free, outputs=[shown], show_progress=False)
+
+
+def make_controls(field: Field, elem_id: Callable[[str], str]) -> list[Any]:
+    """The control of one row; two for a window."""
+    row, label = field.row, field.label
+    common = {"elem_id": elem_id(field.element), "tooltip": row.help}
+    value = infotext.panel_default(field)
+    if row.key == "checkpoint":
+        return [gr.Dropdown(label=label, choices=list_choices(), value=value, **common)]
+    if row.kind == "bool":
+        return [gr.Checkbox(label=label, value=value, **common)]
+    if row.kind == "choice":
+        choices = list(request.allowed_choices(row))
+        return [gr.Radio(label=label, choices=choices, value=value, **common)]
+    if row.kind == "text":
+        return [gr.Textbox(label=label, value=value, lines=2, placeholder="Empty: the picture's", **common)]
+    if row.kind == "window":
+        return [
+            gr.Slider(row.low, row.high, value=part, step=1, label=f"{label} {name}",
+                      elem_id=elem_id(f"{field.element}_{name}"), tooltip=row.help)
+            for part, name in zip(value, ("start", "end"))
+        ]  # fmt: skip
+    if row.step and (row.high - row.low) / row.step <= MOST_STOPS:
+        return [gr.Slider(row.low, row.high, value=value, step=row.step, label=label, **common)]
+    return [gr.Number(value=value, label=label, minimum=row.low, maximum=row.high, **common)]
+
+
+@dataclass(frozen=True)
+class Paste:
+    """Reads a control's value out of parsed infotext; None leaves it as it is. Without a field: the panel's switch.
+
+    The host also pairs controls of two tabs by it (*Send to*), where it looks for equal ones.
+    """
+
+    field: Field | None = None
+    part: int = 0
+
+    def __call__(self, entries: dict[str, Any]) -> Any:
+        if self.field is None:
+            return infotext.is_fused(entries)
+        value = infotext.read_infotext(entries, self.field)
+        if self.field.row.key == "checkpoint" and value:
+            info = sd_models.checkpoint_aliases.get(value)
+            return info.name if info else value
+        return value[self.part] if self.field.width == 2 and value is not None else value
+
+
+def list_choices() -> list[str]:
+    return [infotext.NO_CHECKPOINT[1], *experts.list_checkpoints()]
+
+
+def names_of(store: presets.Presets) -> list[str]:
+    """The presets' names; a broken file must not keep the panel from being built."""
+    try:
+        return store.names()
+    except FusionError:
+        return list(presets.SHIPPED)
+
+
+def tool(sign: str, tooltip: str, element: str) -> Any:
+    return ui_components.ToolButton(value=sign, elem_id=element, tooltip=tooltip)
+
+
+def add_options() -> None:
+    """The settings page: how many experts are kept, and where."""
+    section = ("denoiser_fusion", "Denoiser Fusion")
+    cache = shared.OptionInfo(
+        1, "Experts kept in memory between generations", gr.Slider, {"minimum": 0, "maximum": 8, "step": 1},
+        section=section,
+    ).info("those of the running generation are always kept")  # fmt: skip
+    place = shared.OptionInfo(
+        PLACES[0], "Where an expert waits", gr.Radio, {"choices": list(PLACES)}, section=section
+    ).info("RAM spares GPU memory and costs time")
+    shared.opts.add_option("denoiser_fusion_cache", cache)
+    shared.opts.add_option("denoiser_fusion_place", place)

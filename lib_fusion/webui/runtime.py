@@ -1,0 +1,57 @@
+"""The one owner of what outlives a request: loaded experts, encoded prompts, and the pass that is running."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lib_fusion.webui.experts import ExpertCache
+from lib_fusion.webui.sampling import FusionPass
+from lib_fusion.webui.text import TextCache
+
+
+class Runtime:
+    def __init__(self) -> None:
+        self.experts, self.texts = ExpertCache(), TextCache()
+        self.current: FusionPass | None = None
+
+    def begin_step(self, params: Any) -> None:
+        self._guard("begin_step", params)
+
+    def end_step(self, params: Any) -> None:
+        self._guard("end_step", params)
+
+    def drop_leftovers(self) -> None:
+        """The backstop: takes off a pass that has not ended by itself."""
+        if self.current is not None:
+            self.current.detach()
+            self.current = None
+
+    def free(self) -> None:
+        self.drop_leftovers()
+        self.experts.free()
+        self.texts.free()
+
+    def describe_memory(self) -> str:
+        """What is loaded, for people."""
+        sizes = self.experts.sizes()
+        if not sizes:
+            return "No expert is loaded."
+        total = sum(size for _, size in sizes) + self.texts.bytes
+        return f"Loaded: {', '.join(name for name, _ in sizes)} ({_mib(total)} with text encoders)"
+
+    def _guard(self, step: str, params: Any) -> None:
+        """Calls the running pass. The host swallows what a callback raises, so the pass raises it where it is heard."""
+        fusion = self.current
+        if fusion is None:
+            return
+        try:
+            getattr(fusion, step)(params)
+        except Exception as error:
+            fusion.error = error
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+runtime = Runtime()

@@ -1,0 +1,250 @@
+"""One sampling pass in the host: attached around the sampler's launch, taken off when it ends however it ends.
+
+The one seam is ``apply_model`` of the model instance, which every built-in sampler's denoiser calls. Wrapped, it runs
+the models that the session names for this timestep on the same rows, and returns the first one's output; when the
+host has all rows of a step, it shows them to ``on_cfg_denoised``, where the fused rows are written over them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from modules import devices, prompt_parser, sd_samplers_timesteps, shared
+from modules.sd_hijack import model_hijack
+from torch import nn
+
+from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.session import BASE, FusionSession
+from lib_fusion.settings import FusionSettings
+from lib_fusion.webui.experts import Expert, check_base, find_checkpoint
+from lib_fusion.webui.refusal import RequestRefusedError
+from lib_fusion.webui.rows import Context, Rows, put_context, strip_marker, weights_of
+
+PLACES = ("GPU", "RAM between pictures", "RAM between U-Net calls")
+
+
+class FusionPass:
+    """State and hooks of one pass; made for one model with one checkpoint, inert when the host has changed either."""
+
+    def __init__(self, settings: FusionSettings, experts: list[Expert], contexts: list[Context | None],
+                 sampler: Any, sd_model: nn.Module) -> None:  # fmt: skip
+        self.session = FusionSession(settings)
+        self.experts, self.contexts = experts, contexts
+        self.sampler, self.sd_model = sampler, sd_model
+        self.checkpoint = sd_model.sd_checkpoint_info
+        self.guidance_scale = float(sampler.sampler_extra_args["cond_scale"])
+        self.place = shared.opts.data.get("denoiser_fusion_place", PLACES[0])
+        self.refined = False
+        self.error: Exception | None = None
+        self._rows: Rows | None = None
+        self._denoiser: Any = None
+        self._sigma: torch.Tensor | None = None
+        self._timestep = 0.0
+        self._models: tuple[int, ...] = (BASE,)
+        self._original: Callable[..., torch.Tensor] | None = None
+        self._previous: Any = None
+
+    def attach(self) -> None:
+        self._previous = self.sd_model.__dict__.get("apply_model")
+        self._original = self.sd_model.apply_model
+        self.sd_model.apply_model = self.apply_model
+        for expert in self.experts:
+            if expert.unet is not None:
+                set_tiling(expert.unet, model_hijack.circular_enabled)
+                if self.place != PLACES[2]:
+                    expert.unet.to(devices.device)
+
+    def detach(self) -> None:
+        """Takes everything off; the wrapper stays inert where someone else has wrapped it since."""
+        self._rows = None
+        if self.sd_model.__dict__.get("apply_model") == self.apply_model:
+            if self._previous is None:
+                del self.sd_model.apply_model
+            else:
+                self.sd_model.apply_model = self._previous
+        if self.place != PLACES[0] or getattr(self.sd_model, "lowvram", False):
+            for expert in self.experts:
+                if expert.unet is not None:
+                    expert.unet.to(devices.cpu)
+
+    def begin_step(self, params: Any) -> None:
+        """The host is about to compute a step's rows (its ``on_cfg_denoiser``)."""
+        self._rows = None
+        if params.denoiser.sampler is not self.sampler:
+            return
+        if shared.sd_model is not self.sd_model or self.sd_model.sd_checkpoint_info != self.checkpoint:
+            self.refined = True  # the refiner has taken over: it knows nothing of the experts
+            return
+        self._denoiser, self._sigma = params.denoiser, params.sigma
+        self._rows = Rows(weights_of(self.sampler.sampler_extra_args["cond"]))
+        if self._rows.num_all != params.x.shape[0]:
+            self._rows = None
+            told = "another extension has changed how many rows a step has"
+            raise FusionError(f"Denoiser Fusion can't tell which prompt a row belongs to: {told}")
+
+    def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The first model's raw output for the rows of this call; the others' are kept for the end of the step."""
+        if self.error is not None:
+            raise self.error
+        rows = self._rows
+        if rows is None or not isinstance(cond, dict):
+            return self._original(x, t, cond, *args, **kwargs)
+        start, stop = rows.cursor, rows.cursor + x.shape[0]
+        if stop > rows.num_all:
+            raise FusionError(f"Denoiser Fusion expected {rows.num_all} rows in a step, the host has asked for {stop}")
+        rows.cursor = stop
+        self._timestep = float(t.flatten()[0])
+        self._models = self.session.models_at(self._timestep)
+        outputs = {}
+        for i in self._models:
+            outputs[i] = (
+                self._original(x, t, cond, *args, **kwargs) if i == BASE
+                else self._run_expert(i, x, t, cond, start, stop, *args, **kwargs)
+            )  # fmt: skip
+            self.session.count(i, x.shape[0])
+        if len(outputs) > 1:
+            for i, output in outputs.items():
+                rows.raw.setdefault(i, []).append(output)
+        return outputs[self._models[0]]
+
+    def end_step(self, params: Any) -> None:
+        """The host has all rows of a step (its ``on_cfg_denoised``): writes the fused ones over them, in place."""
+        rows, self._rows = self._rows, None
+        if rows is None or len(self._models) < 2 or rows.cursor == 0:
+            return
+        raw = {i: torch.cat(parts) for i, parts in rows.raw.items()}
+        fused = self._fuse(rows, raw)
+        if fused is None:
+            return
+        has_uncond = rows.cursor == rows.num_all
+        x = params.x
+        change = (fused - raw[self._models[0]]) * self._scale(params.inner_model)[: rows.cursor]
+        x[: rows.cursor] += change.to(x.dtype)
+        if not has_uncond:  # the host has put copies of each image's first row where the others would be
+            for i, row in enumerate(rows.first_rows()):
+                x[rows.num_cond + i] = x[row]
+
+    def _fuse(self, rows: Rows, raw: dict[int, torch.Tensor]) -> torch.Tensor | None:
+        owner = rows.owners(next(iter(raw.values())).device)[: rows.cursor]
+        cond = uncond = None
+        if rows.cursor == rows.num_all:
+            cond, uncond = {}, {}
+            for i, value in raw.items():
+                cond[i], uncond[i] = rows.combine(value * self._noise_scale(rows))
+        return self.session.fuse_rows(self._timestep, raw, owner, cond, uncond, self.guidance_scale)
+
+    def _run_expert(self, model: int, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], start: int, stop: int,
+                    *args: Any, **kwargs: Any) -> torch.Tensor:  # fmt: skip
+        expert, context = self.experts[model - 1], self.contexts[model - 1]
+        if context is None:
+            told = strip_marker(cond)
+        else:
+            denoiser = self._denoiser
+            padded = denoiser.padded_cond_uncond or denoiser.padded_cond_uncond_v0
+            v0 = shared.opts.pad_cond_uncond_v0
+            told = put_context(cond, context.slice(denoiser.step, start, stop, padded, v0))
+        if expert.unet is None:
+            return self._original(x, t, told, *args, **kwargs)
+        if self.place == PLACES[2]:
+            expert.unet.to(devices.device)
+        try:
+            with borrowed_forward(self.sd_model.model.diffusion_model, expert.unet):
+                return self._original(x, t, told, *args, **kwargs)
+        finally:
+            if self.place == PLACES[2]:
+                expert.unet.to(devices.cpu)
+
+    def _scale(self, inner_model: Any) -> torch.Tensor:
+        """What one unit of raw output is in the host's rows (R,1,1,1): its denoisers are linear in the output."""
+        sigma = self._sigma
+        if hasattr(inner_model, "get_scalings"):
+            scale = inner_model.get_scalings(sigma)[-2]
+        elif isinstance(inner_model, sd_samplers_timesteps.CompVisTimestepsVDenoiser):
+            scale = self.sd_model.alphas_cumprod[sigma.to(torch.int)].sqrt()
+        else:
+            scale = torch.ones_like(sigma, dtype=torch.float32)
+        return scale[:, None, None, None]
+
+    def _noise_scale(self, rows: Rows) -> torch.Tensor | float:
+        """What one unit of raw output is in noise: 1, or for v the square root of alpha. Saliency needs noise."""
+        if self.sd_model.parameterization != "v":
+            return 1.0
+        sigma = self._sigma[: rows.cursor]
+        if isinstance(self._denoiser, sd_samplers_timesteps.CFGDenoiserTimesteps):
+            scale = self.sd_model.alphas_cumprod[sigma.to(torch.int)].sqrt()
+        else:
+            scale = (sigma**2 + 1).rsqrt()
+        return scale[:, None, None, None]
+
+
+def set_tiling(unet: nn.Module, tiling: bool) -> None:
+    """Lets convolutions wrap around at the edges, as the host does with its own model's."""
+    for layer in unet.modules():
+        if type(layer) is nn.Conv2d:
+            layer.padding_mode = "circular" if tiling else "zeros"
+
+
+@contextmanager
+def borrowed_forward(unet: nn.Module, other: nn.Module) -> Iterator[None]:
+    """The base's U-Net computes with another's weights for one call.
+
+    So the host prepares inputs, casts and moves modules as ever, and a forward that another extension has put on the
+    base's U-Net is out of the way and comes back.
+    """
+    previous = unet.__dict__.get("forward")
+    unet.forward = other.__call__
+    try:
+        yield
+    finally:
+        if previous is None:
+            del unet.forward
+        else:
+            unet.forward = previous
+
+
+def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample: Callable[[], Any]) -> tuple[Any, dict]:
+    """Runs a sampler's launch with the experts on; returns its samples and the record of the pass.
+
+    Everything that can be refused is refused before the first step, with RequestRefusedError, which nothing swallows.
+    """
+    began = time.perf_counter()
+    try:
+        fusion = prepare(runtime, p, settings, sampler)
+    except FusionError as error:
+        raise RequestRefusedError(str(error)) from error
+    runtime.current = fusion
+    fusion.attach()
+    try:
+        samples = sample()
+        if fusion.error is not None:
+            raise fusion.error
+    except FusionError as error:
+        raise RequestRefusedError(str(error)) from error
+    finally:
+        runtime.current = None
+        fusion.detach()
+    seconds = time.perf_counter() - began
+    return samples, {"calls": list(fusion.session.calls), "seconds": seconds, "refined": fusion.refined}
+
+
+def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> FusionPass:
+    """Checks, loads and encodes what a pass needs; raises SettingError or CheckpointError."""
+    sd_model = p.sd_model
+    check_base(sd_model)
+    if settings.passes == "hires" and not getattr(p, "enable_hr", False):
+        raise SettingError("passes", "hires", "allowed without hires fix: both, first")
+    infos = [find_checkpoint(e.checkpoint, f"experts[{i}].checkpoint") for i, e in enumerate(settings.experts)]
+    experts = runtime.experts.acquire(infos, list(settings.experts), sd_model)
+    weights = weights_of(sampler.sampler_extra_args["cond"])
+    contexts: list[Context | None] = []
+    for i, (info, expert) in enumerate(zip(infos, settings.experts)):
+        told = runtime.texts.tell(p, info, expert, f"experts[{i}]")
+        if told is not None and weights_of(told.cond) != weights:
+            parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {weights_of(told.cond)[0]}"
+            raise SettingError(f"experts[{i}].prompt", expert.prompt, f"{parts}; allowed: the same parts and weights")
+        contexts.append(None if told is None else Context(told, prompt_parser))
+    return FusionPass(settings, experts, contexts, sampler, sd_model)

@@ -1,0 +1,87 @@
+"""What the script class does, so that scripts/denoiser_fusion.py only registers it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lib_fusion.errors import FusionError
+from lib_fusion.infotext import infotext_keys, write_infotext
+from lib_fusion.settings import FusionSettings
+from lib_fusion.webui import sampling, xyz
+from lib_fusion.webui.experts import find_checkpoint
+from lib_fusion.webui.refusal import RequestRefusedError
+from lib_fusion.webui.request import read_args
+from lib_fusion.webui.runtime import runtime
+
+ATTRIBUTE = "_denoiser_fusion"
+
+
+@dataclass
+class Job:
+    """One generation's request: its settings, or the error that its sampling will be ended with."""
+
+    settings: FusionSettings | None = None
+    error: FusionError | None = None
+    calls: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def begin(p: Any, args: Sequence[Any]) -> None:
+    """Reads the request and writes its infotext. Never raises: the host would go on without the effect."""
+    runtime.drop_leftovers()
+    for key in infotext_keys():  # an XYZ plot's cells share this dict
+        p.extra_generation_params.pop(key, None)
+    job = Job()
+    setattr(p, ATTRIBUTE, job)
+    try:
+        job.settings = read_args(args, getattr(p, xyz.ATTRIBUTE, None))
+        if job.settings is not None:
+            infos = [
+                find_checkpoint(expert.checkpoint, f"experts[{i}].checkpoint")
+                for i, expert in enumerate(job.settings.experts)
+            ]
+            p.extra_generation_params.update(write_infotext(job.settings, [info.name for info in infos]))
+    except FusionError as error:
+        job.error = error
+
+
+def wrap_sampler(p: Any) -> None:
+    """Wraps this sampler's launch, once: inside it errors are heard and nothing outlives the sampling."""
+    job: Job | None = getattr(p, ATTRIBUTE, None)
+    if job is None or (job.settings is None and job.error is None):
+        return
+    is_hires = bool(getattr(p, "is_hr_pass", False))
+    if job.settings is not None and job.settings.passes == ("first" if is_hires else "hires") and _has_pass(p, job):
+        return
+    sampler = p.sampler
+    original = sampler.launch_sampling
+
+    def launch_sampling(steps: int, func: Any) -> Any:
+        del sampler.launch_sampling
+        if job.error is not None:
+            raise RequestRefusedError(str(job.error)) from job.error
+        samples, record = sampling.launch(runtime, p, job.settings, sampler, lambda: original(steps, func))
+        _tell(p, job, record, adds=is_hires)
+        return samples
+
+    sampler.launch_sampling = launch_sampling
+
+
+def _has_pass(p: Any, job: Job) -> bool:
+    """Whether the pass that was asked for will come; if not, the wrapped launch says so."""
+    return job.settings.passes == "first" or bool(getattr(p, "enable_hr", False))
+
+
+def _tell(p: Any, job: Job, record: dict, adds: bool) -> None:
+    """Writes what was done into the infotext: U-Net calls of each model, and seconds, over both passes of a picture."""
+    adds = adds and bool(job.calls)
+    job.calls = [a + b for a, b in zip(job.calls, record["calls"])] if adds else record["calls"]
+    job.seconds = job.seconds + record["seconds"] if adds else record["seconds"]
+    names = ["base", *(f"expert {i + 1}" for i in range(len(job.calls) - 1))]
+    told = ", ".join(f"{name} {calls}" for name, calls in zip(names, job.calls))
+    p.extra_generation_params["Fusion U-Net calls"] = told
+    p.extra_generation_params["Fusion seconds"] = f"{job.seconds:.2f}"
+    if record["refined"]:
+        p.comment("Denoiser Fusion: the experts were off after the refiner took over.")

@@ -1,0 +1,37 @@
+"""Denoiser Fusion in the WebUI: the script class and the registration of callbacks, nothing else."""
+
+from modules import script_callbacks, scripts
+
+from lib_fusion.webui import api, panel, script, xyz
+from lib_fusion.webui.runtime import runtime
+
+
+class DenoiserFusionScript(scripts.Script):
+    def title(self):
+        return "Denoiser Fusion"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img):
+        built = panel.build(self.elem_id)
+        self.infotext_fields = built.infotext_fields
+        self.paste_field_names = built.paste_field_names
+        return built.inputs
+
+    def process(self, p, *args):
+        script.begin(p, args)
+
+    def process_before_every_sampling(self, p, *args, **kwargs):
+        script.wrap_sampler(p)
+
+    def postprocess(self, p, processed, *args):
+        runtime.drop_leftovers()
+
+
+script_callbacks.on_cfg_denoiser(runtime.begin_step)
+script_callbacks.on_cfg_denoised(runtime.end_step)
+script_callbacks.on_before_ui(xyz.add_axes)
+script_callbacks.on_app_started(api.add_routes)
+script_callbacks.on_ui_settings(panel.add_options)
+script_callbacks.on_script_unloaded(runtime.free)

@@ -1,0 +1,123 @@
+"""Settings read from panel values, dicts and infotext, without a host."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_fusion import infotext
+from lib_fusion.errors import SettingError
+from lib_fusion.settings import EXPERT_PARAMETERS, PARAMETERS, FusionSettings
+from lib_fusion.webui import request
+
+FULL = {
+    "experts": [
+        {"checkpoint": "b.safetensors", "prompt": "a cat", "negative_prompt": "x", "text_encoder": "base",
+         "loras": True},
+        {"checkpoint": "c.safetensors"},
+    ],
+    "method": "Average", "snb_window": [900.0, 100.0], "snb_outside": "expert", "k_general": 2.0, "k_expert": 3.5,
+    "snb_saliency": "code", "snb_hold": 700.0, "passes": "first",
+}  # fmt: skip
+
+
+def to_panel(values: dict) -> list:
+    return [True, *request.dict_to_panel(values)]
+
+
+def test_panel_opens_off() -> None:
+    assert request.read_args(request.default_values()) is None
+    assert request.read_args([]) is None
+    assert request.read_args([None] * 5) is None
+
+
+def test_dict_and_panel_are_read_alike() -> None:
+    by_dict = request.read_args([FULL])
+    assert by_dict == FusionSettings.from_dict(FULL)
+    assert request.read_args(to_panel(FULL)) == by_dict
+    assert request.read_args([FULL, *request.default_values()[1:]]) == by_dict
+
+
+def test_every_row_has_a_control_and_a_schema_entry() -> None:
+    elements = [field.element for field in infotext.list_fields()]
+    assert len(elements) == len(set(elements))
+    labels = [field.label for field in infotext.list_fields()]
+    assert len(labels) == len(set(labels))
+    properties = request.write_schema()["properties"]
+    assert set(properties) == {"experts", "enabled"} | {row.key for row in PARAMETERS if "panel" in row.where}
+    assert set(properties["experts"]["items"]["properties"]) == {row.key for row in EXPERT_PARAMETERS}
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [({}, "experts"), ({"experts": [{"checkpoint": "None"}]}, "experts[0].checkpoint"), ({"x": 1}, "x"),
+     ({"experts": [{"checkpoint": "b"}], "method": "Mask"}, "method"), ({"enabled": 3}, "enabled"),
+     ({"experts": [{"checkpoint": "b"}] * 4}, "experts")],
+)  # fmt: skip
+def test_refused(values: dict, field: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        request.read_args([values])
+    assert caught.value.field == field
+
+
+def test_off_is_still_checked() -> None:
+    assert request.read_args([{"enabled": False}]) is None
+    with pytest.raises(SettingError):
+        request.read_args([{"enabled": False, "k_expert": "x"}])
+
+
+def parse_as_host(entries: dict[str, str]) -> dict[str, str]:
+    """The host's writing and reading of infotext entries (modules/infotext_utils.py), in short."""
+    texts = {k: json.dumps(v, ensure_ascii=False) if any(m in v for m in ",\n:") else v for k, v in entries.items()}
+    line = ", ".join(f"{key}: {text}" for key, text in texts.items())
+    result = {}
+    for key, text in re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', line):
+        value = json.loads(text) if text[:1] == '"' and text[-1:] == '"' else text
+        size = re.match(r"^(\d+)x(\d+)$", value)
+        result.update({f"{key}-1": size[1], f"{key}-2": size[2]} if size else {key: value})
+    return result
+
+
+def read_back(entries: dict) -> dict:
+    values: dict = {"experts": [{}, {}, {}]}
+    for field in infotext.list_fields():
+        target = values if field.expert is None else values["experts"][field.expert]
+        target[field.row.key] = infotext.read_infotext(entries, field)
+    values["experts"] = [e for e in values["experts"] if e["checkpoint"] not in infotext.NO_CHECKPOINT]
+    return values
+
+
+def test_infotext_round_trip() -> None:
+    settings = FusionSettings.from_dict(FULL)
+    entries = infotext.write_infotext(settings, ["b.safetensors", "c.safetensors"])
+    assert all(re.fullmatch(r"\w[\w \-/]+", key) for key in entries)
+    assert set(entries) <= set(infotext.infotext_keys())
+    assert FusionSettings.from_dict(read_back(parse_as_host(entries))) == settings
+
+
+@given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20))
+def test_any_prompt_survives_infotext(prompt: str) -> None:
+    settings = FusionSettings.from_dict({"experts": [{"checkpoint": "b", "prompt": prompt}]})
+    entries = infotext.write_infotext(settings, ["b"])
+    if any(mark in prompt for mark in "\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"):
+        return  # the host parses line by line
+    read = read_back(parse_as_host(entries))
+    assert read["experts"][0]["prompt"] == prompt
+
+
+def test_plain_infotext_says_nothing() -> None:
+    assert all(infotext.read_infotext({"Steps": "4"}, field) is None for field in infotext.list_fields())
+    assert not infotext.is_fused({"Steps": "4"})
+
+
+def test_axes_of_a_plot() -> None:
+    both = request.put_axes({"enabled": False}, {"expert2_checkpoint": "c", "k_expert": "3", "snb_window": "900:100"})
+    assert FusionSettings.from_dict({k: v for k, v in both.items() if k != "enabled"}) == FusionSettings.from_dict(
+        {"experts": [{"checkpoint": "c"}], "k_expert": 3, "snb_window": [900, 100]}
+    )
+    assert request.read_args([False], {"expert1_checkpoint": "None"}) is None
+    assert request.read_args([FULL], {"expert1_checkpoint": "None"}).experts[0].checkpoint == "c.safetensors"

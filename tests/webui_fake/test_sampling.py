@@ -1,0 +1,240 @@
+"""One pass on a fake of the host's denoiser: which rows are run by whom, and what is written back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lib_fusion.methods import snb
+from lib_fusion.settings import FusionSettings
+from tests.webui_fake import fakes
+
+
+class UNet(nn.Module):
+    """Its output depends on its weight, the latent and the text."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return torch.sin(self.weight * x + context.mean(dim=(1, 2))[:, None, None, None])
+
+
+class Model(nn.Module):
+    def __init__(self, unet: UNet, parameterization: str = "eps") -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.diffusion_model = unet
+        self.sd_checkpoint_info = SimpleNamespace(filename="base", name_for_extra="base")
+        self.parameterization = parameterization
+        self.alphas_cumprod = torch.linspace(0.999, 0.01, 1000)
+
+    def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any]) -> torch.Tensor:
+        return self.model.diffusion_model(x, t, cond["c_crossattn"][0])
+
+
+class KDenoiser:
+    """k-diffusion's, for noise: rows are ``x - sigma * eps``."""
+
+    def get_scalings(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return -sigma, (sigma**2 + 1).rsqrt()
+
+
+class Step:
+    """One denoising step of the host with ``images`` pictures of ``parts`` AND parts each."""
+
+    def __init__(self, model: Model, images: int = 2, weights: tuple[float, ...] = (1.0,), sigma: float = 2.0) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.model, self.images = model, images
+        self.num_cond = images * len(weights)
+        self.cond = fakes.composed(torch.randn(self.num_cond, 3, 4, generator=generator), weights)
+        self.uncond = list(torch.randn(images, 3, 4, generator=generator))
+        latents = torch.randn(images, 4, 6, 6, generator=generator)
+        self.x = torch.cat([latents.repeat_interleave(len(weights), 0), latents])
+        self.sigma = torch.full((len(self.x),), sigma)
+        extra = {"cond": self.cond, "uncond": self.uncond, "cond_scale": 5.0}
+        self.sampler = SimpleNamespace(sampler_extra_args=extra)
+        self.denoiser = SimpleNamespace(sampler=self.sampler, step=0, padded_cond_uncond=False,
+                                        padded_cond_uncond_v0=False)  # fmt: skip
+        self.context = torch.cat([torch.stack([p.states for image in self.cond.batch for p in image]),
+                                  torch.stack(self.uncond)])  # fmt: skip
+
+    def raw(self, unet: UNet) -> torch.Tensor:
+        return unet(self.x, torch.zeros(1), self.context)
+
+    def run(self, fusion: Any, splits: tuple[int, ...], inner: Any = None, t: float = 500.0) -> torch.Tensor:
+        """The rows as the host has them after its callback; ``splits`` are the rows of its calls."""
+        inner = inner or KDenoiser()
+        fusion.begin_step(SimpleNamespace(denoiser=self.denoiser, x=self.x, sigma=self.sigma))
+        outputs, start = [], 0
+        for rows in splits:
+            part = slice(start, start + rows)
+            told = {"c_crossattn": [self.context[part]], "c_concat": []}
+            eps = self.model.apply_model(self.x[part], torch.full((rows,), t), told)
+            outputs.append(self.x[part] - self.sigma[part, None, None, None] * eps)
+            start += rows
+        x = torch.cat(outputs)
+        if start == self.num_cond:  # the host leaves the unconditional half out, and copies
+            x = torch.cat([x, x[:: self.num_cond // self.images]])
+        fusion.end_step(SimpleNamespace(x=x, inner_model=inner))
+        return x
+
+
+@pytest.fixture
+def sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    fakes.install(monkeypatch)
+    from lib_fusion.webui import sampling
+
+    return sampling
+
+
+def make_pass(sampling: Any, step: Step, expert: UNet, **settings: Any) -> Any:
+    sampling.shared.sd_model = step.model
+    told = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], **settings})
+    loaded = SimpleNamespace(unet=expert)
+    return sampling.FusionPass(told, [loaded], [None], step.sampler, step.model)
+
+
+def expected(step: Step, base: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+    n = step.num_cond
+    maps = [snb.saliency(raw[:n], raw[n:], 5.0) for raw in (base, expert)]
+    mask = snb.expert_mask(*maps)
+    assert 0 < mask.float().mean() < 1
+    eps = snb.blend(torch.cat([mask, mask]), base, expert)
+    return step.x - step.sigma[:, None, None, None] * eps
+
+
+@pytest.mark.parametrize("splits", [(4,), (2, 2), (1, 1, 1, 1), (3, 1)])
+def test_snb_whatever_the_calls(sampling: Any, splits: tuple[int, ...]) -> None:
+    base, expert = UNet(1.0), UNet(1.7)
+    step = Step(Model(base))
+    want = expected(step, step.raw(base), step.raw(expert))
+    fusion = make_pass(sampling, step, expert)
+    fusion.attach()
+    got = step.run(fusion, splits)
+    fusion.detach()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert fusion.session.calls == [len(splits)] * 2
+    assert "apply_model" not in step.model.__dict__
+    assert "forward" not in base.__dict__
+
+
+def test_composed_prompts_share_one_mask(sampling: Any) -> None:
+    base, expert = UNet(1.0), UNet(1.7)
+    step = Step(Model(base), images=2, weights=(1.0, 0.5))
+    raws = [step.raw(base), step.raw(expert)]
+    combined = []
+    for raw in raws:
+        cond, uncond = raw[:4].view(2, 2, 4, 6, 6), raw[4:]
+        combined.append((uncond + (cond[:, 0] - uncond) + 0.5 * (cond[:, 1] - uncond), uncond))
+    mask = snb.expert_mask(*(snb.saliency(c, u, 5.0) for c, u in combined))
+    want = snb.blend(torch.cat([mask.repeat_interleave(2, 0), mask]), *raws)
+    fusion = make_pass(sampling, step, expert)
+    fusion.attach()
+    got = step.run(fusion, (6,))
+    torch.testing.assert_close(got, step.x - step.sigma[:, None, None, None] * want, atol=1e-5, rtol=0)
+
+
+def test_without_the_unconditional_half_the_last_mask_is_held(sampling: Any) -> None:
+    base, expert = UNet(1.0), UNet(1.7)
+    step = Step(Model(base))
+    fusion = make_pass(sampling, step, expert)
+    fusion.attach()
+    plain = step.x - step.sigma[:, None, None, None] * step.raw(base)
+    early = step.run(fusion, (2,))
+    torch.testing.assert_close(early[:2], plain[:2])  # no mask yet: the base's
+    full = step.run(fusion, (4,))
+    late = step.run(fusion, (2,))
+    torch.testing.assert_close(late[:2], full[:2])
+    torch.testing.assert_close(late[2:], late[:2])
+
+
+def test_the_expert_alone_spares_the_base(sampling: Any) -> None:
+    base, expert = UNet(1.0), UNet(1.7)
+    step = Step(Model(base))
+    fusion = make_pass(sampling, step, expert, snb_window=[0, 0], snb_outside="expert")
+    want = step.x - step.sigma[:, None, None, None] * step.raw(expert)
+    fusion.attach()
+    base.calls = 0
+    assert torch.equal(step.run(fusion, (4,)), want)
+    assert base.calls == 0
+
+
+def test_v_is_weighed_as_noise(sampling: Any) -> None:
+    """The mask is that of the noises: softmax is not scale-free, so raw v would give another for a large k."""
+    base, expert = UNet(1.0), UNet(1.7)
+    step = Step(Model(base, "v"), sigma=3.0)
+    n, scale = step.num_cond, 10**-0.5
+    raws = [step.raw(base), step.raw(expert)]
+    maps = [snb.saliency(scale * raw[:n], scale * raw[n:], 5.0) for raw in raws]
+    mask = snb.expert_mask(*maps, 40.0, 90.0)
+    assert not torch.equal(mask, snb.expert_mask(*(m / scale for m in maps), 40.0, 90.0))
+    fusion = make_pass(sampling, step, expert, k_general=40, k_expert=90)
+    fusion.attach()
+    got = step.run(fusion, (4,))
+    want = step.x - step.sigma[:, None, None, None] * snb.blend(torch.cat([mask, mask]), *raws)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_inert_outside_steps_and_after_a_refiner(sampling: Any) -> None:
+    base, expert = UNet(1.0), UNet(1.7)
+    step = Step(Model(base))
+    fusion = make_pass(sampling, step, expert)
+    fusion.attach()
+    told = {"c_crossattn": [step.context], "c_concat": []}
+    step.model.apply_model(step.x, torch.full((4,), 500.0), told)
+    assert expert.calls == 0
+    step.model.sd_checkpoint_info = SimpleNamespace(filename="refiner", name_for_extra="refiner")
+    plain = step.x - step.sigma[:, None, None, None] * step.raw(base)
+    torch.testing.assert_close(step.run(fusion, (4,)), plain)
+    assert expert.calls == 0
+    assert fusion.refined
+
+
+def test_errors_of_callbacks_end_the_next_call(sampling: Any) -> None:
+    from lib_fusion.webui.runtime import Runtime
+
+    base, expert = UNet(1.0), UNet(1.7)
+    step = Step(Model(base))
+    fusion = make_pass(sampling, step, expert)
+    fusion.attach()
+    runtime = Runtime()
+    runtime.current = fusion
+    runtime.begin_step(SimpleNamespace(denoiser=step.denoiser, x=step.x[:3], sigma=step.sigma))
+    with pytest.raises(ValueError, match="how many rows"):
+        step.model.apply_model(step.x, torch.zeros(4), {"c_crossattn": [step.context]})
+    runtime.drop_leftovers()
+    assert "apply_model" not in step.model.__dict__
+
+
+def test_a_later_wrapper_of_someone_else_stays(sampling: Any) -> None:
+    base, expert = UNet(1.0), UNet(1.7)
+    step = Step(Model(base))
+    fusion = make_pass(sampling, step, expert)
+    fusion.attach()
+    ours = step.model.apply_model
+    theirs = lambda *args: ours(*args)  # noqa: E731
+    step.model.apply_model = theirs
+    fusion.detach()
+    assert step.model.apply_model is theirs
+    told = {"c_crossattn": [step.context]}
+    torch.testing.assert_close(theirs(step.x, torch.zeros(4), told), step.raw(base))
+    assert expert.calls == 0
+
+
+def test_controlnets_marker_is_taken_off(sampling: Any) -> None:
+    from lib_fusion.webui.rows import strip_marker
+
+    states = torch.randn(2, 3, 4)
+    marked = torch.cat([torch.full((2, 1, 4), 1024.0), states], dim=1)
+    assert torch.equal(strip_marker({"c_crossattn": [marked]})["c_crossattn"][0], states)
+    assert torch.equal(strip_marker({"crossattn": -marked})["crossattn"], -states)
+    plain = {"c_crossattn": [states]}
+    assert strip_marker(plain) is plain

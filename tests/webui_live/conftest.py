@@ -1,0 +1,80 @@
+"""One real WebUI for all live tests: started once on a free port, with a data directory of its own, and stopped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.webui_live.client import Client
+from tests.webui_live.host import Host, NoHostError, copy_demo, find_host, make_checkpoints, prepare_data
+
+SETTINGS = {"samples_save": False, "grid_save": False, "do_not_show_images": False, "live_previews_enable": True,
+            "show_progress_every_n_steps": 2, "lora_functional": False}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Names:
+    """Checkpoints by their part in the tests: the demo's where it is there, else tiny ones with random weights."""
+
+    base: str
+    expert: str
+    other: str
+    copy: str
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    try:
+        folder, python = find_host()
+    except NoHostError as error:
+        pytest.skip(str(error))
+    data = tmp_path_factory.mktemp("webui")
+    demo = prepare_data(data, SETTINGS)
+    make_checkpoints(data, python, folder)
+    if "general" in demo:
+        copy_demo("general", data / "models/Stable-diffusion", "general_copy")
+        touch_copy(data / "models/Stable-diffusion/general_copy.safetensors")
+    probe = data / "extensions/fusion-probe/scripts"
+    probe.mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("probe.py"), probe)
+    running = Host(data, "general" if "general" in demo else "tiny_a")
+    yield running
+    running.stop()
+    shutil.rmtree(data / "models", ignore_errors=True)
+
+
+def touch_copy(path: Path) -> None:
+    """Makes a copy another file to the host, which tells files apart by name and hash: the metadata differs."""
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(path), path, {"title": "the same weights in another file"})
+
+
+@pytest.fixture(scope="session")
+def names(host: Host) -> Names:
+    if (host.data / "models/Stable-diffusion/general.safetensors").is_file():
+        return Names("general", "animals", "vehicles", "general_copy")
+    return Names("tiny_a", "tiny_b", "tiny_c", "tiny_copy")
+
+
+@pytest.fixture(scope="session")
+def client(host: Host) -> Client:
+    return Client(host.url)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every live test nothing of a pass is left on the model."""
+    if "client" not in request.fixturenames:
+        yield
+        return
+    client = request.getfixturevalue("client")
+    yield
+    state, fusion = client.state(), client.fusion()
+    assert state["hooks"] == 0
+    assert state["replaced"] == []
+    assert not fusion["running"]

@@ -1,0 +1,146 @@
+"""A real WebUI for tests and for people: found, prepared in a data directory of its own, started, stopped.
+
+Needs the standard library only; the host runs in its own Python.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXTENSION = "sd-webui-denoiser-fusion"
+VERSION = "1.10.1"
+DEMO = ("general", "animals", "vehicles", "food")
+FLAGS = ("--skip-prepare-environment", "--skip-torch-cuda-test", "--skip-python-version-check", "--use-cpu", "all",
+         "--no-half", "--precision", "full", "--api", "--do-not-download-clip", "--no-download-sd-model")  # fmt: skip
+START_SECONDS = 240
+
+
+class NoHostError(Exception):
+    """There is no usable WebUI; the message says what is missing."""
+
+
+def find_host() -> tuple[Path, Path]:
+    """(the WebUI's folder, its Python); raises NoHostError with a sentence on what is missing."""
+    folder = Path(os.environ.get("WEBUI_DIR") or Path.home() / "stable-diffusion-webui")
+    if not (folder / "launch.py").is_file():
+        raise NoHostError(f"no WebUI in {folder}; set WEBUI_DIR to a checkout of v{VERSION}")
+    changelog = folder / "CHANGELOG.md"
+    found = re.search(r"^## (\S+)", changelog.read_text("utf-8"), re.MULTILINE) if changelog.is_file() else None
+    if found is None or found[1] != VERSION:
+        raise NoHostError(f"the WebUI in {folder} is {found[1] if found else 'of an unknown version'}, not {VERSION}")
+    named = os.environ.get("WEBUI_PYTHON")
+    choices = [Path(named)] if named else [Path.home() / "webui-venv/bin/python", folder / "venv/bin/python"]
+    python = next((path for path in choices if path.is_file()), None)
+    if python is None:
+        raise NoHostError(f"no Python for the WebUI: {' or '.join(map(str, choices))}; set WEBUI_PYTHON to it")
+    return folder, python
+
+
+def environment() -> dict[str, str]:
+    """Offline, on the CPU, one thread."""
+    drop = ("COMMANDLINE_ARGS", "PYTHONPATH", "VIRTUAL_ENV")
+    kept = {key: value for key, value in os.environ.items() if key not in drop}
+    threads = os.environ.get("WEBUI_THREADS", "1")
+    return kept | {
+        "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads,
+        "CUDA_VISIBLE_DEVICES": "", "GRADIO_ANALYTICS_ENABLED": "False", "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+
+
+def prepare_data(data: Path, settings: dict | None = None) -> list[str]:
+    """A data directory with this checkout as an extension and the demo's checkpoints; returns their names."""
+    models, extensions = data / "models/Stable-diffusion", data / "extensions"
+    models.mkdir(parents=True, exist_ok=True)
+    extensions.mkdir(exist_ok=True)
+    link = extensions / EXTENSION
+    if not link.exists():
+        link.symlink_to(REPOSITORY, target_is_directory=True)
+    config = data / "config.json"
+    if not config.exists():
+        config.write_text(json.dumps({"show_progress_type": "Approx cheap", **(settings or {})}))
+    return [name for name in DEMO if copy_demo(name, models)]
+
+
+def copy_demo(name: str, models: Path, target: str | None = None) -> bool:
+    """Puts a demo checkpoint among the host's models; its tokenizer's folder becomes an absolute path."""
+    weights = REPOSITORY / "demo" / f"{name}.safetensors"
+    config = weights.with_suffix(".yaml")
+    if not weights.is_file() or not config.is_file():
+        return False
+    shutil.copy(weights, models / f"{target or name}.safetensors")
+    clip = REPOSITORY / "demo" / "clip"
+    text = re.sub(r"(version:\s*).*", lambda match: f"{match[1]}{clip}", config.read_text("utf-8"))
+    (models / f"{target or name}.yaml").write_text(text, "utf-8")
+    return True
+
+
+def make_checkpoints(data: Path, python: Path, folder: Path) -> None:
+    """Tiny checkpoints with random weights, SD1 and SDXL, made by the host's own classes in its own Python."""
+    script = Path(__file__).with_name("make_checkpoints.py")
+    command = [str(python), str(script), str(data), str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"making checkpoints failed:\n{done.stderr[-3000:]}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Host:
+    """A running WebUI. ``url`` is where it listens; ``log`` its output so far."""
+
+    def __init__(self, data: Path, checkpoint: str, port: int | None = None, extra: tuple[str, ...] = ()) -> None:
+        folder, python = find_host()
+        self.data, self.port = data, port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._log = (data / "host.log").open("w")
+        file = data / "models/Stable-diffusion" / f"{checkpoint}.safetensors"
+        command = [str(python), "launch.py", *FLAGS, "--port", str(self.port), "--data-dir", str(data),
+                   "--ckpt", str(file), *extra]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment(), stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        self.starts = 0
+        try:
+            self.wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def log(self) -> str:
+        return (self.data / "host.log").read_text("utf-8", errors="replace")
+
+    def wait(self) -> None:
+        """Until the host has started (once more): asking any earlier would break its startup."""
+        deadline = time.monotonic() + START_SECONDS
+        while self.log.count("Startup time") <= self.starts:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the WebUI did not start:\n{self.log[-3000:]}")
+            time.sleep(0.1)
+        self.starts += 1
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._log.close()
+
+
+if __name__ == "__main__":
+    sys.exit("this is a module; to start a WebUI for yourself: python -m tests.webui_live.serve")

@@ -1,0 +1,201 @@
+"""Writes tiny checkpoints with random weights: ``make_checkpoints.py DATA_DIR WEBUI_DIR``, run by the host's Python.
+
+tiny_a, tiny_b, tiny_c: SD1 with one VAE; tiny_copy: tiny_a's weights in another file; tiny_v: predicts v;
+tiny_inpaint: nine channels; tiny_xl, tiny_xl_b: SDXL with one VAE; tiny_unet: a U-Net without a text encoder.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+DATA, WEBUI = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
+sys.path[:0] = [str(WEBUI / "repositories" / name) for name in ("stable-diffusion-stability-ai", "generative-models")]
+
+import open_clip  # noqa: E402
+import torch  # noqa: E402
+from ldm.util import instantiate_from_config  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
+from transformers.models.clip.tokenization_clip import bytes_to_unicode  # noqa: E402
+
+MODELS = DATA / "models/Stable-diffusion"
+CLIP = DATA / "tiny-clip"
+OPEN_CLIP = DATA / "tiny-openclip"
+WIDTH = 32
+
+
+def make_clip() -> None:
+    """A tokenizer of single bytes and a text encoder's config. Weights serve only to build the models from."""
+    CLIP.mkdir(parents=True, exist_ok=True)
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (CLIP / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (CLIP / "merges.txt").write_text("#version: 0.2\n")
+    files = str(CLIP / "vocab.json"), str(CLIP / "merges.txt")
+    CLIPTokenizer(*files, model_max_length=77).save_pretrained(CLIP)
+    end = len(words) - 1
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=77, projection_dim=WIDTH, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(CLIP)
+
+
+def make_open_clip() -> None:
+    """SDXL's second encoder, small; the host learns its name from a one-file extension."""
+    OPEN_CLIP.mkdir(parents=True, exist_ok=True)
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": WIDTH, "heads": 2, "layers": 3}
+    config = {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text}
+    (OPEN_CLIP / "tiny-openclip.json").write_text(json.dumps(config))
+    open_clip.add_model_config(str(OPEN_CLIP))
+    scripts = DATA / "extensions/tiny-openclip/scripts"
+    scripts.mkdir(parents=True, exist_ok=True)
+    (scripts / "register.py").write_text(f"import open_clip\nopen_clip.add_model_config({str(OPEN_CLIP)!r})\n")
+
+
+VAE = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32,
+       "ch_mult": [1, 2, 4, 4], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}  # fmt: skip
+
+
+def sd1_config(**params: object) -> dict:
+    unet = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 2,
+            "attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "num_heads": 2, "context_dim": WIDTH,
+            "use_spatial_transformer": True, "transformer_depth": 1, "use_checkpoint": False,
+            "legacy": False}  # fmt: skip
+    loss = {"target": "torch.nn.Identity"}
+    return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": {
+        "linear_start": 0.00085, "linear_end": 0.0120, "num_timesteps_cond": 1, "log_every_t": 200, "timesteps": 1000,
+        "first_stage_key": "jpg", "cond_stage_key": "txt", "image_size": 64, "channels": 4, "use_ema": False,
+        "cond_stage_trainable": False, "conditioning_key": "crossattn", "monitor": "x", "scale_factor": 0.18215,
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        "first_stage_config": {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {
+            "embed_dim": 4, "monitor": "x", "ddconfig": VAE, "lossconfig": loss}},
+        "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": {
+            "version": str(CLIP), "device": "cpu"}}} | params}}  # fmt: skip
+
+
+def inpainting_config() -> dict:
+    config = sd1_config(conditioning_key="hybrid", finetune_keys=None)
+    config["model"]["target"] = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
+    config["model"]["params"]["unet_config"]["params"]["in_channels"] = 9
+    return config
+
+
+def sdxl_config() -> dict:
+    module = "sgm.modules.diffusionmodules."
+    encoders = "sgm.modules.encoders.modules."
+
+    def number(key: str) -> dict:
+        return {"is_trainable": False, "input_key": key, "params": {"outdim": 256},
+                "target": encoders + "ConcatTimestepEmbedderND"}  # fmt: skip
+
+    denoiser = {"num_idx": 1000, "weighting_config": {"target": module + "denoiser_weighting.EpsWeighting"},
+                "scaling_config": {"target": module + "denoiser_scaling.EpsScaling"},
+                "discretization_config": {"target": module + "discretizer.LegacyDDPMDiscretization"}}  # fmt: skip
+    unet = {"adm_in_channels": WIDTH + 6 * 256, "num_classes": "sequential", "use_checkpoint": False, "in_channels": 4,
+            "out_channels": 4, "model_channels": 32, "attention_resolutions": [4, 2], "num_res_blocks": 2,
+            "channel_mult": [1, 2, 4], "num_head_channels": 16, "use_spatial_transformer": True, "legacy": False,
+            "use_linear_in_transformer": True, "transformer_depth": [1, 1, 2], "context_dim": 2 * WIDTH,
+            "spatial_transformer_attn_type": "softmax"}  # fmt: skip
+    first = {"is_trainable": False, "input_key": "txt", "target": encoders + "FrozenCLIPEmbedder",
+             "params": {"version": str(CLIP), "device": "cpu", "layer": "hidden", "layer_idx": 2}}  # fmt: skip
+    second = {"is_trainable": False, "input_key": "txt", "target": encoders + "FrozenOpenCLIPEmbedder2",
+              "params": {"arch": "tiny-openclip", "version": "", "device": "cpu", "freeze": True,
+                         "layer": "penultimate", "always_return_pooled": True, "legacy": False}}  # fmt: skip
+    sizes = [number(f"{what}_as_tuple") for what in ("original_size", "crop_coords_top_left", "target_size")]
+    sizes[1]["input_key"] = "crop_coords_top_left"
+    return {"model": {"target": "sgm.models.diffusion.DiffusionEngine", "params": {
+        "scale_factor": 0.13025, "disable_first_stage_autocast": True,
+        "denoiser_config": {"target": module + "denoiser.DiscreteDenoiser", "params": denoiser},
+        "network_config": {"target": module + "openaimodel.UNetModel", "params": unet},
+        "conditioner_config": {"target": "sgm.modules.GeneralConditioner", "params": {
+            "emb_models": [first, second, sizes[0], sizes[1], sizes[2]]}},
+        "first_stage_config": {"target": "sgm.models.autoencoder.AutoencoderKLInferenceWrapper", "params": {
+            "embed_dim": 4, "monitor": "x", "ddconfig": VAE | {"attn_type": "vanilla"},
+            "lossconfig": {"target": "torch.nn.Identity"}}}}}}  # fmt: skip
+
+
+def build(config: dict, seed: int) -> dict[str, torch.Tensor]:
+    """A model's tensors; layers that begin as zeros are filled, so that every block changes the picture."""
+    torch.manual_seed(seed)
+    model = instantiate_from_config(OmegaConf.create(config).model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() > 1 and not parameter.any():
+                parameter.normal_(0, 0.05 if parameter.dim() > 1 else 0.01)
+    return {key: value.detach().clone().contiguous() for key, value in model.state_dict().items()}
+
+
+def vary(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """Another model of the same architecture and VAE."""
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for key, value in weights.items():
+        changes = value.is_floating_point() and value.dim() > 1 and not key.startswith("first_stage_model.")
+        noise = torch.randn(value.shape, generator=generator) * value.float().std() if changes else 0
+        result[key] = value + 0.5 * noise if changes else value
+    return result
+
+
+def write(name: str, weights: dict[str, torch.Tensor], config: dict, metadata: dict | None = None) -> None:
+    save_file(weights, MODELS / f"{name}.safetensors", metadata)
+    OmegaConf.save(OmegaConf.create(copy.deepcopy(config)), MODELS / f"{name}.yaml")
+
+
+def write_lora(name: str, weights: dict[str, torch.Tensor]) -> None:
+    """A LoRA on the attention of U-Net and text encoder."""
+    generator = torch.Generator().manual_seed(7)
+    tensors = {}
+    for key, value in weights.items():
+        path = key.removesuffix(".weight")
+        if path.startswith("model.diffusion_model.") and path.endswith((".attn1.to_q", ".attn2.to_k")):
+            layer = "lora_unet_" + path.removeprefix("model.diffusion_model.").replace(".", "_")
+        elif path.startswith("cond_stage_model.transformer.") and path.endswith((".q_proj", ".v_proj")):
+            layer = "lora_te_" + path.removeprefix("cond_stage_model.transformer.").replace(".", "_")
+        else:
+            continue
+        tensors[f"{layer}.lora_down.weight"] = torch.randn(4, value.shape[1], generator=generator)
+        tensors[f"{layer}.lora_up.weight"] = torch.randn(value.shape[0], 4, generator=generator) * 0.3
+        tensors[f"{layer}.alpha"] = torch.tensor(4.0)
+    folder = DATA / "models/Lora"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f"{name}.safetensors")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    MODELS.mkdir(parents=True, exist_ok=True)
+    make_clip()
+    make_open_clip()
+    config = sd1_config()
+    first = build(config, 1)
+    second = vary(first, 2)
+    write("tiny_a", first, config)
+    write("tiny_copy", first, config, {"title": "the same weights in another file"})
+    write("tiny_b", second, config)
+    write_lora("tiny_lora", first)
+    write("tiny_c", vary(first, 6), config)
+    write("tiny_v", first, sd1_config(parameterization="v"))
+    write("tiny_v_copy", first, sd1_config(parameterization="v"), {"title": "the same weights in another file"})
+    write("tiny_v_b", second, sd1_config(parameterization="v"))
+    write("tiny_unet", {k: v for k, v in second.items() if k.startswith("model.diffusion_model.")}, config)
+    nine = inpainting_config()
+    inpainting = build(nine, 3)
+    write("tiny_inpaint", inpainting, nine)
+    write("tiny_inpaint_copy", inpainting, nine, {"title": "the same weights in another file"})
+    sdxl = sdxl_config()
+    large = build(sdxl, 4)
+    write("tiny_xl", large, sdxl)
+    write("tiny_xl_copy", large, sdxl, {"title": "the same weights in another file"})
+    write("tiny_xl_b", vary(large, 5), sdxl)
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (CLIP / name).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The panel as a person uses it, in Chromium."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.webui_live.client import Client
+from tests.webui_live.conftest import Names
+from tests.webui_live.host import Host
+
+SECONDS = 1000
+PANEL = "#script_{tab}_denoiser_fusion"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium on this machine; install it, or set CHROMIUM to its path")
+    api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
+    with api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser: Any, host: Host) -> Iterator[Any]:
+    page = open_page(browser, host, "light")
+    yield page
+    page.close()
+
+
+def open_page(browser: Any, host: Host, theme: str) -> Any:
+    page = browser.new_page(viewport={"width": 1280, "height": 1180})
+    page.set_default_timeout(60 * SECONDS)
+    page.goto(f"{host.url}/?__theme={theme}")
+    page.wait_for_selector("#txt2img_generate")
+    return page
+
+
+def set_number(page: Any, element: str, value: int) -> None:
+    box = page.locator(f"{element} input[type=number]").first
+    box.fill(str(value))
+    box.dispatch_event("change")
+
+
+def choose(page: Any, element: str, option: str) -> None:
+    page.locator(f"{element} input").first.click()
+    page.locator(f"{element} ul li", has_text=option).first.click()
+
+
+def enable(page: Any, name: str, tab: str = "txt2img") -> None:
+    """Opens the panel, which switches it on, and chooses an expert: all that a first user has to do."""
+    panel = PANEL.format(tab=tab)
+    page.locator(f"{panel}_enable .label-wrap").first.click()
+    page.locator(f"{panel}_expert1_checkpoint").wait_for(state="visible")
+    choose(page, f"{panel}_expert1_checkpoint", f"{name}.safetensors")
+
+
+def prepare(page: Any, prompt: str = "a fox, flat drawing", steps: int = 4, width: int = 128) -> None:
+    page.locator("#txt2img_prompt textarea").fill(prompt)
+    set_number(page, "#txt2img_steps", steps)
+    set_number(page, "#txt2img_width", width)
+    set_number(page, "#txt2img_height", 128)
+    page.locator("#txt2img_seed input").fill("1")
+
+
+def generate(page: Any, tab: str = "txt2img") -> str:
+    """Presses the button; returns the text under the gallery once it has a picture's infotext, or an error."""
+    info, log = page.locator(f"#html_info_{tab}").first, page.locator(f"#html_log_{tab}").first
+    before = info.inner_text()
+    page.locator(f"#{tab}_generate").click()
+    page.wait_for_function(
+        "([tab, before]) => {"
+        " const info = document.querySelector(`#html_info_${tab}`).innerText;"
+        " const log = document.querySelector(`#html_log_${tab}`).innerText;"
+        " return (info.includes('Steps:') && info !== before) || log.includes('Error'); }",
+        arg=[tab, before], timeout=120 * SECONDS,
+    )  # fmt: skip
+    return info.inner_text() + log.inner_text()
+
+
+def test_a_first_user(page: Any, client: Client, names: Names) -> None:
+    client.draw(model=names.base)
+    prepare(page)
+    enable(page, names.expert)
+    text = generate(page)
+    assert f"Fusion expert 1 checkpoint: {names.expert}.safetensors" in text
+    assert "Fusion method: SNB" in text
+    assert page.locator("#txt2img_gallery img").count() > 0
+    page.locator("#txt2img_send_to_img2img").click()
+    panel = PANEL.format(tab="img2img")
+    page.locator(f"{panel}_expert1_checkpoint").wait_for(state="visible")
+    assert page.locator(f"{panel}_expert1_checkpoint input").first.input_value() == f"{names.expert}.safetensors"
+    assert "Fusion method: SNB" in generate(page, "img2img")
+
+
+def test_nothing_chosen_is_told(page: Any, client: Client) -> None:
+    prepare(page)
+    page.locator(f"{PANEL.format(tab='txt2img')}_enable .label-wrap").first.click()
+    text = generate(page)
+    assert "experts: [] is not allowed; allowed: 1 to 3 experts, each with a checkpoint" in text
+
+
+def test_presets_and_memory(page: Any, client: Client, host: Host, names: Names) -> None:
+    panel = PANEL.format(tab="txt2img")
+    enable(page, names.expert)
+    choose(page, f"{panel}_preset", "Held mask")
+    page.locator(f"{panel}_preset_apply").click()
+    page.wait_for_function(f"document.querySelector('{panel}_preset_told').innerText.startsWith('Applied')")
+    page.locator(f"{panel}_tabs button", has_text="Blend").click()
+    assert page.locator(f"{panel}_snb_hold input[type=number]").input_value() == "900"
+    box = page.locator(f"{panel}_preset input").first
+    box.fill("mine")
+    box.press("Enter")
+    page.locator(f"{panel}_preset_save").click()
+    page.wait_for_function(f"document.querySelector('{panel}_preset_told').innerText == 'Saved: mine'")
+    assert "mine" in (host.data / "denoiser-fusion-presets.json").read_text("utf-8")
+    page.locator(f"{panel}_preset_delete").click()
+    page.wait_for_function(f"document.querySelector('{panel}_preset_told').innerText == 'Deleted: mine'")
+    page.locator(f"{panel}_free").click()
+    page.wait_for_function(f"document.querySelector('{panel}_memory').innerText == 'No expert is loaded.'")
+
+
+def test_reload(page: Any, client: Client, host: Host, names: Names) -> None:
+    page.evaluate("document.querySelector('#settings_restart_gradio').click()")
+    host.wait()
+    page.wait_for_selector("#txt2img_generate")
+    prepare(page)
+    enable(page, names.expert)
+    assert "Fusion method: SNB" in generate(page)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_screenshots(browser: Any, client: Client, host: Host, names: Names, theme: str) -> None:
+    """Writes docs/webui-*.png where SCREENSHOTS is set; elsewhere it shows that the panel opens in both themes."""
+    with client.settings({"sd_model_checkpoint": f"{names.expert}.safetensors"}):
+        take_screenshot(browser, host, names, theme)
+
+
+def take_screenshot(browser: Any, host: Host, names: Names, theme: str) -> None:
+    page = open_page(browser, host, theme)
+    prepare(page, "a fox left of a tractor, flat drawing", 30, width=256)
+    enable(page, names.other)
+    choose(page, f"{PANEL.format(tab='txt2img')}_preset", "Held mask")
+    page.locator(f"{PANEL.format(tab='txt2img')}_preset_apply").click()
+    page.wait_for_timeout(SECONDS)
+    generate(page)
+    page.locator("#txt2img_generate").get_by_text("Generate").wait_for(state="visible")
+    page.wait_for_timeout(SECONDS)
+    if theme == "dark":
+        page.locator(f"{PANEL.format(tab='txt2img')}_tabs button", has_text="Blend").click()
+    page.locator(f"{PANEL.format(tab='txt2img')}_enable").scroll_into_view_if_needed()
+    folder = Path(__file__).parents[2] / "docs" if os.environ.get("SCREENSHOTS") else host.data
+    folder.mkdir(exist_ok=True)
+    page.screenshot(path=folder / f"webui-{theme}.png")
+    page.close()
