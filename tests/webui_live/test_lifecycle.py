@@ -93,12 +93,13 @@ def test_other_kind_of_base_frees_experts(client: Client, names: Names) -> None:
 def test_reloading_the_ui_stacks_nothing(client: Client, host: Host, names: Names) -> None:
     off, on = client.draw(), client.draw(expert(names.expert))
     before = client.state()
-    for _ in range(2):
+    for times in range(10):
         reload_ui(client, host)
         assert client.fusion()["experts"] == []
         assert client.state()["callbacks"] == before["callbacks"]
-        assert client.draw().same_as(off)
-        assert client.draw(expert(names.expert)).same_as(on)
+        if times in (0, 9):
+            assert client.draw().same_as(off)
+            assert client.draw(expert(names.expert)).same_as(on)
     assert client.state() == before
 
 
