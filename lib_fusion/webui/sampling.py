@@ -24,6 +24,8 @@ from lib_fusion.webui.experts import Expert, check_base, find_checkpoint
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.rows import Context, Rows, put_context, strip_marker, weights_of
 
+#: The setting that shows where the experts won.
+PREVIEW_OPTION = "denoiser_fusion_preview"
 PLACES = ("GPU", "RAM between pictures", "RAM between U-Net calls")
 
 
@@ -32,7 +34,7 @@ class FusionPass:
 
     def __init__(self, settings: FusionSettings, experts: list[Expert], contexts: list[Context | None],
                  sampler: Any, sd_model: nn.Module) -> None:  # fmt: skip
-        self.session = FusionSession(settings)
+        self.session = FusionSession(settings, keep_masks=bool(shared.opts.data.get(PREVIEW_OPTION, False)))
         self.experts, self.contexts = experts, contexts
         self.sampler, self.sd_model = sampler, sd_model
         self.checkpoint = sd_model.sd_checkpoint_info
@@ -228,7 +230,8 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
         runtime.current = None
         fusion.detach()
     seconds = time.perf_counter() - began
-    return samples, {"calls": list(fusion.session.calls), "seconds": seconds, "refined": fusion.refined}
+    done = fusion.session
+    return samples, {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "masks": done.masks}
 
 
 def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> FusionPass:
