@@ -55,8 +55,8 @@ def build(elem_id: Callable[[str], str]) -> Built:
                     place("snb_window", "snb_outside")
                 with gr.Row():
                     place("k_general", "k_expert", "snb_hold")
-            with gr.Tab("Passes", elem_id=elem_id("tab_passes")):
-                place("passes")
+            with gr.Tab("Passes", elem_id=elem_id("tab_passes")), gr.Row():
+                place("passes", "refiner")
         inputs = [control for element in fields for control in controls[element]]
         build_presets(inputs, elem_id)
         build_memory(elem_id)
