@@ -162,6 +162,9 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("passes", "choice", "both", "passes",
               "In which sampling passes the models are fused: both, only the first, or only hires fix.",
               choices=("both", "first", "hires"), where=("panel",)),
+    Parameter("refiner", "bool", False, "experts on refiner",
+              "Whether the experts go on when the refiner takes over from the base; it must be of their kind.",
+              where=("panel",)),
 )  # fmt: skip
 
 #: The panel's own switch; what the API gives is on unless it says otherwise.
@@ -249,6 +252,7 @@ class FusionSettings:
     snb_saliency: str = "own"
     snb_hold: float = 0.0
     passes: str = "both"
+    refiner: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FusionSettings:

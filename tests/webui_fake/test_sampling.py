@@ -99,7 +99,7 @@ def make_pass(sampling: Any, step: Step, expert: UNet, **settings: Any) -> Any:
     sampling.shared.sd_model = step.model
     told = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], **settings})
     loaded = SimpleNamespace(unet=expert)
-    return sampling.FusionPass(told, [loaded], [None], step.sampler, step.model)
+    return sampling.FusionPass(told, lambda _: ([loaded], [None]), step.sampler, step.model)
 
 
 def expected(step: Step, base: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
