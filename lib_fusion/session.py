@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from lib_fusion.methods import snb
 from lib_fusion.settings import FusionSettings
+from lib_fusion.skips import make_skips
 
 BASE = 0
 
@@ -47,6 +48,7 @@ class FusionSession:
         self._hold = snb.HeldMask(self.settings.snb_hold)
         self._held_models: tuple[int, ...] | None = None
         self._last_winner: torch.Tensor | None = None
+        self.skips = make_skips(self.settings)
 
     def models_at(self, timestep: float) -> tuple[int, ...]:
         """The models that must run at this timestep, ascending.

@@ -137,6 +137,31 @@ EXPERT_PARAMETERS: tuple[Parameter, ...] = (
               where=("panel",)),
 )  # fmt: skip
 
+#: Rows of adaptive skipping.
+SKIP_PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("skipping", "choice", "off", "skipping",
+              "Which steps' U-Net calls are left out. forecast: where their result can be told from before, by an "
+              "error that is measured as it goes. paper: AdaptiveDiffusion's rule, the last result is used again.",
+              choices=("off", "forecast", "paper")),
+    Parameter("skip_tolerance", "float", 0.125, "skip tolerance",
+              "forecast: how wrong a forecast may be, relative to the guided noise; more skips more, 0 skips nothing.",
+              low=0, high=2, step=0.005),
+    Parameter("skip_threshold", "float", 0.01, "skip threshold",
+              "paper: how unsteady the latent's course may be; more skips more, 0 skips nothing.",
+              low=0, high=1, step=0.005),
+    Parameter("skip_max", "int", 0, "skips in a row",
+              "The most calls left out in a row; 0: the policy's own, 1 for forecast and 4 for paper.",
+              low=0, high=8, step=1),
+    Parameter("skip_warmup", "int", 4, "skip warm-up", "forecast: how many steps are computed before any is skipped.",
+              low=3, high=1000),
+    Parameter("skip_correct", "bool", True, "skip correction",
+              "forecast: whether the next computed call corrects the step that was skipped, for samplers where that is "
+              "exact."),
+    Parameter("skip_passes", "choice", "both", "skip passes",
+              "In which sampling passes calls are skipped: both, only the first, or only hires fix.",
+              choices=("both", "first", "hires"), where=("panel",)),
+)  # fmt: skip
+
 #: Rows of the fusion itself.
 PARAMETERS: tuple[Parameter, ...] = (
     Parameter("method", "choice", "SNB", "method",
@@ -165,6 +190,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("refiner", "bool", False, "experts on refiner",
               "Whether the experts go on when the refiner takes over from the base; it must be of their kind.",
               where=("panel",)),
+    *SKIP_PARAMETERS,
 )  # fmt: skip
 
 #: The panel's own switch; what the API gives is on unless it says otherwise.
@@ -253,6 +279,13 @@ class FusionSettings:
     snb_hold: float = 0.0
     passes: str = "both"
     refiner: bool = False
+    skipping: str = "off"
+    skip_tolerance: float = 0.125
+    skip_threshold: float = 0.01
+    skip_max: int = 0
+    skip_warmup: int = 4
+    skip_correct: bool = True
+    skip_passes: str = "both"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FusionSettings:
@@ -275,6 +308,12 @@ class FusionSettings:
         rows = {row.key: getattr(self, row.key) for row in PARAMETERS}
         rows["snb_window"] = list(self.snb_window)
         return {"experts": [dict(vars(expert)) for expert in self.experts], **rows}
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether U-Net calls may be skipped at all."""
+        limit = {"off": 0, "forecast": self.skip_tolerance, "paper": self.skip_threshold}
+        return limit[self.skipping] > 0
 
     def in_window(self, timestep: float) -> bool:
         """Whether the models are fused at this timestep: ``start >= t > end``, and down to 0 where the end is 0."""

@@ -16,9 +16,13 @@ All rows of a picture (conditional, unconditional) are forecast together: alone,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+
+#: How much of a correction is made: the noises computed meanwhile were computed at the uncorrected latent.
+CORRECTION = 0.8
 
 
 class ThirdOrderEstimator:
@@ -51,65 +55,94 @@ class ThirdOrderEstimator:
         return skip
 
 
+class LastNoise:
+    """AdaptiveDiffusion for one model and picture: by the estimator's decision the last noise is used again."""
+
+    def __init__(self, threshold: float = 0.01, max_skips: int = 4) -> None:
+        self.errors: list[float] = []
+        self._estimator = ThirdOrderEstimator(threshold, max_skips)
+        self._noise: torch.Tensor | None = None
+
+    def may_skip(self, log_sigma: float, latent: torch.Tensor) -> bool:
+        """Whether this prediction may be skipped; ``latent`` is what it would be made for, variance-preserving."""
+        return self._noise is not None and self._estimator.observe(latent)
+
+    def forecast(self, log_sigma: float) -> torch.Tensor:
+        return self._noise
+
+    def observe(
+        self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor
+    ) -> list[tuple[float, torch.Tensor]]:
+        self._noise = noise
+        return []
+
+
 class Forecaster:
     """Error-controlled forecasts of one model's noise for one picture.
 
-    ``tolerance``: the relative error of the guided noise up to which a prediction is skipped; 0 skips none.
-    ``max_skips``: the most in a row. ``warmup``: how many predictions are computed first, at least 3.
+    ``tolerance``: the weighted error (``_weight``) up to which a prediction is skipped; 0 skips none. ``max_skips``:
+    the most in a row. ``warmup``: how many predictions are computed first, at least 3. ``errors`` are the relative
+    errors of the guided noise that the forecasts would have had, one for each computed prediction that had one.
     """
 
-    def __init__(self, tolerance: float = 0.1, max_skips: int = 1, warmup: int = 4) -> None:
+    def __init__(self, tolerance: float = 0.125, max_skips: int = 1, warmup: int = 4) -> None:
         self.tolerance, self.max_skips, self.warmup = tolerance, max_skips, max(warmup, 3)
         self.errors: list[float] = []
-        self._nodes: list[tuple[float, torch.Tensor]] = []
-        self._skipped: list[float] = []
+        self._nodes: list[tuple[float, torch.Tensor]] = []  # the last three computed: log sigma, noise
+        self._skipped: list[tuple[float, torch.Tensor]] = []  # since then: log sigma, forecast
         self._computed = 0
         self._curvature = float("inf")
 
-    def may_skip(self, log_sigma: float) -> bool:
-        """Whether the prediction at this noise level may be a forecast."""
-        if self._computed < self.warmup or len(self._skipped) >= self.max_skips:
+    def may_skip(self, log_sigma: float, latent: torch.Tensor | None = None) -> bool:
+        """Whether the prediction at this noise level may be a forecast. The error of a line grows as its spans."""
+        if self.tolerance <= 0 or self._computed < self.warmup or len(self._skipped) >= self.max_skips:
             return False
-        return 0 < self.tolerance and self._curvature * self._spans(log_sigma) <= self.tolerance
+        return self._curvature * self._spans(log_sigma) * _weight(log_sigma) <= self.tolerance
 
     def forecast(self, log_sigma: float) -> torch.Tensor:
-        """The noise at this level, extrapolated linearly in log sigma from the last two computed: (K,C,H,W)."""
-        self._skipped.append(log_sigma)
-        return _interpolate(self._nodes[-2:], log_sigma)
+        """The noise (K,C,H,W) at this level, extrapolated linearly in log sigma from the last two computed."""
+        noise = _interpolate(self._nodes[-2:], log_sigma)
+        self._skipped.append((log_sigma, noise))
+        return noise
 
-    def observe(self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
+    def observe(
+        self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor
+    ) -> list[tuple[float, torch.Tensor]]:
         """Takes computed noise (K,C,H,W) of all rows of the picture.
 
-        ``weights`` (K,1,1,1) are those with which the rows add up to the guided noise: for a prompt and guidance
-        scale w, (w, 1 - w). Returns what the predictions skipped since the last computed one should have been, by
-        quadratic interpolation through this and the two computed before: (log_sigma, (K,C,H,W)), oldest first.
+        ``weights`` (K,1,1,1) are those with which the rows add up to the guided noise: w and 1 - w, for one prompt
+        and the guidance scale w. Returns what the noises skipped since the last computed one should have been:
+        (log sigma, (K,C,H,W)), oldest first, by quadratic interpolation through this and the two computed before.
         """
         if len(self._nodes) >= 2:
-            expected = _interpolate(self._nodes[-2:], log_sigma)
-            guided = (weights * noise).sum(0)
-            error = float(torch.linalg.vector_norm((weights * (noise - expected)).sum(0))
-                          / torch.linalg.vector_norm(guided).clamp_min(1e-12))  # fmt: skip
+            wrong = noise - _interpolate(self._nodes[-2:], log_sigma)
+            error, size = (torch.linalg.vector_norm((weights * rows).sum(0)) for rows in (wrong, noise))
             spans = self._spans(log_sigma)
-            self._curvature = error / spans if spans > 0 else float("inf")
-            self.errors.append(error)
+            self.errors.append(float(error / size.clamp_min(1e-12)))
+            self._curvature = self.errors[-1] / spans if spans > 0 else float("inf")
         self._nodes = [*self._nodes[-2:], (log_sigma, noise)]
         self._computed += 1
         skipped, self._skipped = self._skipped, []
-        return [(level, _interpolate(self._nodes, level)) for level in skipped]
+        return [(level, torch.lerp(was, _interpolate(self._nodes, level), CORRECTION)) for level, was in skipped]
 
     def _spans(self, log_sigma: float) -> float:
-        """|(l - l1)(l - l2)|, by which the error of a line through l1 and l2 grows at l."""
         (first, _), (second, _) = self._nodes[-2:]
         return abs((log_sigma - first) * (log_sigma - second))
 
 
+def _weight(log_sigma: float) -> float:
+    """How much a relative error of the noise counts: (1 - alpha) ** 1/4, which is 1 in pure noise and 0 at its end.
+
+    The square of it is noise's share of the latent. Relative to the noise errors are judged too strictly late, relative
+    to the latent too mildly, above all where late steps are long (DDIM).
+    """
+    return (1 + math.exp(-2 * log_sigma)) ** -0.25
+
+
 def _interpolate(nodes: Sequence[tuple[float, torch.Tensor]], at: float) -> torch.Tensor:
     """The polynomial through the nodes (Lagrange), at ``at``."""
-    result = 0
+    result = torch.zeros_like(nodes[0][1])
     for i, (x_i, y_i) in enumerate(nodes):
-        weight = 1.0
-        for j, (x_j, _) in enumerate(nodes):
-            if j != i:
-                weight *= (at - x_j) / (x_i - x_j)
-        result = result + weight * y_i
+        factor = math.prod((at - x_j) / (x_i - x_j) for j, (x_j, _) in enumerate(nodes) if j != i)
+        result = result + factor * y_i
     return result

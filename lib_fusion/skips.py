@@ -1,0 +1,119 @@
+"""Skipping in one sampling pass: which pictures each model must be run for, what stands in for it, and the record.
+
+Every picture has its own policy for each model, so that it does not depend on its neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lib_fusion.methods.skipping import Forecaster, LastNoise
+from lib_fusion.settings import FusionSettings
+
+#: The most skips in a row where the settings leave it to the policy.
+POLICY_MAX = {"forecast": 1, "paper": 4}
+
+
+@dataclass
+class Correction:
+    """What a model's noise for a picture, (K,C,H,W), should have been at the step of this noise level."""
+
+    model: int
+    picture: int
+    log_sigma: float
+    noise: torch.Tensor
+
+
+@dataclass
+class Skips:
+    """All policies of a pass, and its counts of predictions, each by model and picture.
+
+    A step is ``begin_step`` and then, for each model that the step needs, ``needed``, a run of the model for those
+    pictures, and ``complete``.
+    """
+
+    settings: FusionSettings
+    computed: dict[int, list[int]] = field(default_factory=dict)
+    skipped: dict[int, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._policies: dict[tuple[int, int], Forecaster | LastNoise] = {}
+        self._corrections: list[Correction] = []
+        self._most = self.settings.skip_max or POLICY_MAX[self.settings.skipping]
+        self.log_sigma, self._is_last = 0.0, False
+
+    def begin_step(self, log_sigma: float, latents: Sequence[torch.Tensor], is_last: bool) -> None:
+        """``latents``: each picture's (C,H,W), variance-preserving. The last step is never forecast."""
+        self.log_sigma, self._is_last, self._latents = log_sigma, is_last, latents
+
+    def needed(self, model: int) -> list[int]:
+        """The pictures that the model must be run for at this step."""
+        wanted = []
+        for picture, latent in enumerate(self._latents):
+            may = self._policy(model, picture).may_skip(self.log_sigma, latent)
+            if not may or (self._is_last and self.settings.skipping == "forecast"):
+                wanted.append(picture)
+        return wanted
+
+    def complete(
+        self, model: int, computed: Mapping[int, torch.Tensor], weights: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The model's noise for all pictures, each (K,C,H,W): computed or, where it is not, forecast.
+
+        ``weights``: for each picture those (K,1,1,1) with which its rows add up to the guided noise.
+        """
+        noises = []
+        for picture in range(len(self._latents)):
+            policy = self._policy(model, picture)
+            if picture in computed:
+                noises.append(computed[picture])
+                for level, noise in policy.observe(self.log_sigma, computed[picture], weights[picture]):
+                    self._corrections.append(Correction(model, picture, level, noise))
+            else:
+                noises.append(policy.forecast(self.log_sigma))
+            for counts, counted in ((self.computed, picture in computed), (self.skipped, picture not in computed)):
+                counts.setdefault(model, [0] * len(self._latents))[picture] += int(counted)
+        return noises
+
+    def take_corrections(self) -> list[Correction]:
+        """What this step has told about those skipped before it, once."""
+        result, self._corrections = self._corrections, []
+        return result if self.reach else []
+
+    @property
+    def reach(self) -> int:
+        """How many steps back a correction may go; 0: there are none."""
+        return self._most if self.settings.skip_correct and self.settings.skipping == "forecast" else 0
+
+    def record(self) -> dict[str, Any]:
+        """Predictions computed and skipped, and relative errors of forecasts, by model and picture."""
+        errors = {model: [self._policy(model, i).errors for i in range(len(n))] for model, n in self.computed.items()}
+        return {"computed": self.computed, "skipped": self.skipped, "errors": errors}
+
+    def _policy(self, model: int, picture: int) -> Forecaster | LastNoise:
+        key = (model, picture)
+        if key not in self._policies:
+            s = self.settings
+            self._policies[key] = (
+                LastNoise(s.skip_threshold, self._most) if s.skipping == "paper"
+                else Forecaster(s.skip_tolerance, self._most, s.skip_warmup)
+            )  # fmt: skip
+        return self._policies[key]
+
+
+def make_skips(settings: FusionSettings) -> Skips | None:
+    """A pass's policies, or None where nothing can be skipped."""
+    return Skips(settings) if settings.may_skip else None
+
+
+def join_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One record of several batches' pictures, by the models' numbers."""
+    models = sorted({model for record in records for model in record["computed"]})
+    return {
+        key: {str(model): [value for record in records for value in record[key].get(model, [])] for model in models}
+        for key in ("computed", "skipped", "errors")
+    }
