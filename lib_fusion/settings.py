@@ -143,7 +143,7 @@ SKIP_PARAMETERS: tuple[Parameter, ...] = (
               "Which steps' U-Net calls are left out. forecast: where their result can be told from before, by an "
               "error that is measured as it goes. paper: AdaptiveDiffusion's rule, the last result is used again.",
               choices=("off", "forecast", "paper")),
-    Parameter("skip_tolerance", "float", 0.125, "skip tolerance",
+    Parameter("skip_tolerance", "float", 0.15, "skip tolerance",
               "forecast: how wrong a forecast may be, relative to the guided noise; more skips more, 0 skips nothing.",
               low=0, high=2, step=0.005),
     Parameter("skip_threshold", "float", 0.01, "skip threshold",
@@ -280,7 +280,7 @@ class FusionSettings:
     passes: str = "both"
     refiner: bool = False
     skipping: str = "off"
-    skip_tolerance: float = 0.125
+    skip_tolerance: float = 0.15
     skip_threshold: float = 0.01
     skip_max: int = 0
     skip_warmup: int = 4

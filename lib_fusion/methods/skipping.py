@@ -85,7 +85,7 @@ class Forecaster:
     errors of the guided noise that the forecasts would have had, one for each computed prediction that had one.
     """
 
-    def __init__(self, tolerance: float = 0.125, max_skips: int = 1, warmup: int = 4) -> None:
+    def __init__(self, tolerance: float = 0.15, max_skips: int = 1, warmup: int = 4) -> None:
         self.tolerance, self.max_skips, self.warmup = tolerance, max_skips, max(warmup, 3)
         self.errors: list[float] = []
         self._nodes: list[tuple[float, torch.Tensor]] = []  # the last three computed: log sigma, noise
