@@ -5,7 +5,7 @@ Every picture has its own policy for each model, so that it does not depend on i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ from lib_fusion.settings import FusionSettings
 
 #: The most skips in a row where the settings leave it to the policy.
 POLICY_MAX = {"forecast": 1, "paper": 4}
+
+
+COMPUTED, SKIPPED = "#", "."
 
 
 @dataclass
@@ -30,20 +33,23 @@ class Correction:
 
 @dataclass
 class Skips:
-    """All policies of a pass, and its counts of predictions, each by model and picture.
+    """All policies of a pass, and what they have decided.
+
+    ``paths`` has for each model a text for each picture, a mark a step: COMPUTED or SKIPPED. ``make``, where given,
+    makes the policy of a model and a picture instead of the settings.
 
     A step is ``begin_step`` and then, for each model that the step needs, ``needed``, a run of the model for those
     pictures, and ``complete``.
     """
 
     settings: FusionSettings
-    computed: dict[int, list[int]] = field(default_factory=dict)
-    skipped: dict[int, list[int]] = field(default_factory=dict)
+    make: Callable[[int, int], Any] | None = None
+    paths: dict[int, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._policies: dict[tuple[int, int], Forecaster | LastNoise] = {}
         self._corrections: list[Correction] = []
-        self._most = self.settings.skip_max or POLICY_MAX[self.settings.skipping]
+        self._most = self.settings.skip_max or POLICY_MAX.get(self.settings.skipping, 1)
         self.log_sigma, self._is_last = 0.0, False
 
     def begin_step(self, log_sigma: float, latents: Sequence[torch.Tensor], is_last: bool) -> None:
@@ -75,8 +81,8 @@ class Skips:
                     self._corrections.append(Correction(model, picture, level, noise))
             else:
                 noises.append(policy.forecast(self.log_sigma))
-            for counts, counted in ((self.computed, picture in computed), (self.skipped, picture not in computed)):
-                counts.setdefault(model, [0] * len(self._latents))[picture] += int(counted)
+        marks = [COMPUTED if picture in computed else SKIPPED for picture in range(len(self._latents))]
+        self.paths[model] = [a + b for a, b in zip(self.paths.get(model, [""] * len(marks)), marks)]
         return noises
 
     def take_corrections(self) -> list[Correction]:
@@ -90,19 +96,26 @@ class Skips:
         return self._most if self.settings.skip_correct and self.settings.skipping == "forecast" else 0
 
     def record(self) -> dict[str, Any]:
-        """Predictions computed and skipped, and relative errors of forecasts, by model and picture."""
-        errors = {model: [self._policy(model, i).errors for i in range(len(n))] for model, n in self.computed.items()}
-        return {"computed": self.computed, "skipped": self.skipped, "errors": errors}
+        """By model and picture: predictions computed and skipped, the path, and the relative errors of forecasts."""
+        return {
+            "computed": {model: [path.count(COMPUTED) for path in paths] for model, paths in self.paths.items()},
+            "skipped": {model: [path.count(SKIPPED) for path in paths] for model, paths in self.paths.items()},
+            "paths": self.paths,
+            "errors": {model: [[round(e, 5) for e in self._policy(model, i).errors] for i in range(len(paths))]
+                       for model, paths in self.paths.items()},
+        }  # fmt: skip
 
     def _policy(self, model: int, picture: int) -> Forecaster | LastNoise:
         key = (model, picture)
         if key not in self._policies:
-            s = self.settings
-            self._policies[key] = (
-                LastNoise(s.skip_threshold, self._most) if s.skipping == "paper"
-                else Forecaster(s.skip_tolerance, self._most, s.skip_warmup)
-            )  # fmt: skip
+            self._policies[key] = (self.make or self._make)(model, picture)
         return self._policies[key]
+
+    def _make(self, _model: int, _picture: int) -> Forecaster | LastNoise:
+        s = self.settings
+        if s.skipping == "paper":
+            return LastNoise(s.skip_threshold, self._most)
+        return Forecaster(s.skip_tolerance, self._most, s.skip_warmup)
 
 
 def make_skips(settings: FusionSettings) -> Skips | None:
@@ -115,5 +128,5 @@ def join_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     models = sorted({model for record in records for model in record["computed"]})
     return {
         key: {str(model): [value for record in records for value in record[key].get(model, [])] for model in models}
-        for key in ("computed", "skipped", "errors")
+        for key in ("computed", "skipped", "paths", "errors")
     }

@@ -1,4 +1,4 @@
-"""DeepCache (Ma et al., CVPR 2024) from PyPI on diffusers' U-Net with a checkpoint's weights: a control in benchmarks."""
+"""DeepCache (Ma et al., CVPR 2024), from PyPI, on diffusers' U-Net with a checkpoint's weights: a control."""
 
 from __future__ import annotations
 
