@@ -42,21 +42,26 @@ class Hooks:
         self.remove()
 
 
-def attach_freeu(decoder: Iterable[Point], freeu: FreeU) -> Hooks:
+def attach_freeu(decoder: Iterable[Point], freeu: FreeU | None) -> Hooks:
     """Lets FreeU edit what decoder blocks (``Layout.decoder``) are given: the freshly joined ``[h | skip]``, in place.
 
-    Blocks of other stages get no hook. Raises SettingError where FreeU has factors but no block to use them on.
+    Takes the blocks of any number of U-Nets; one that is named twice gets one hook, and one at whose stage nothing is
+    done gets none. Raises SettingError where FreeU has factors but no block to use them on.
     """
-    decoder = list(decoder)
-    acting = [point for point in decoder if point.stage in freeu.stages]
-    if freeu.stages and not acting:
-        found = ", ".join(f"{m} x" for m in sorted({point.stage for point in decoder}, reverse=True))
-        needs = ", ".join(f"{m} x" for m in freeu.stages)
-        told = f"this U-Net's decoder has {found} its model channels; allowed: factors for one of these"
-        raise SettingError("freeu", f"factors for {needs}", told)
     hooks = Hooks()
-    for point in acting:
-        hooks.before(point.module, _freeu_hook(freeu, point))
+    if freeu is None:
+        return hooks
+    decoder = list(decoder)
+    acting = {point.module: point for point in decoder if point.stage in freeu.stages}
+    if freeu.stages and not acting:
+        needs, found = (
+            " or ".join(f"{m} x" for m in sorted(multiples, reverse=True))
+            for multiples in (freeu.stages, {point.stage for point in decoder})
+        )
+        told = f"allowed for this U-Net: Custom with factors for features of {found} its model channels"
+        raise SettingError("freeu", f"factors for {needs}", told)
+    for module, point in acting.items():
+        hooks.before(module, _freeu_hook(freeu, point))
     return hooks
 
 
