@@ -138,8 +138,9 @@ EXPERT_PARAMETERS: tuple[Parameter, ...] = (
               where=("panel",)),
 )  # fmt: skip
 
-#: FreeU's published factors b1, b2, s1, s2 by version: the authors' for each base model, but for SDXL in version 1, where
-#: they are Nasir Khalid's. Version 2 is what their repository recommends now, version 1 what it did at first.
+#: FreeU's published factors by version: what the authors' repository recommends now (2) and what it did at first (1).
+#: For SDXL in version 1 they are Nasir Khalid's, whom it links to.
+FREEU_PUBLISHED_ROWS = ("freeu_b1", "freeu_b2", "freeu_s1", "freeu_s2")
 FREEU_PUBLISHED: dict[str, dict[str, tuple[float, float, float, float]]] = {
     "SD1.4": {"1": (1.2, 1.4, 0.9, 0.2), "2": (1.3, 1.4, 0.9, 0.2)},
     "SD1.5": {"1": (1.2, 1.4, 0.9, 0.2), "2": (1.5, 1.6, 0.9, 0.2)},
