@@ -135,8 +135,8 @@ class Engine:
         x = torch.cat(noise).to(self.device) * scheduler.init_noise_sigma
         alphas = scheduler.alphas_cumprod.to(self.device)
         session.begin([*map(float, scheduler.timesteps), -1.0])
-        decoders = [point for model in self.models for point in read_layout(model.unet).decoder]
-        with attach_freeu(decoders, session.freeu):
+        unets = [model.unet for model in self.models] if session.freeu else []
+        with attach_freeu([point for unet in unets for point in read_layout(unet).decoder], session.freeu):
             for t in scheduler.timesteps:
                 scaled = scheduler.scale_model_input(x, t)
                 cond, uncond = {}, {}

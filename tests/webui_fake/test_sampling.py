@@ -238,3 +238,30 @@ def test_controlnets_marker_is_taken_off(sampling: Any) -> None:
     assert torch.equal(strip_marker({"crossattn": -marked})["crossattn"], -states)
     plain = {"c_crossattn": [states]}
     assert strip_marker(plain) is plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "levels"),
+    [
+        ({"sigmas": torch.tensor([8.0, 2.0, 0.0])}, [8, 2, 0]),
+        ({"sigma_sched": torch.tensor([8.0, 2.0, 0.0])}, [8, 2, 0]),
+        ({"timesteps": torch.tensor([1, 501, 901])}, [901, 501, 1]),
+        ({"n": 2, "sigma_min": torch.tensor(0.1), "sigma_max": 10.0}, [10, 1, 0.1]),
+    ],
+)
+def test_levels_of_a_pass(sampling: Any, arguments: dict, levels: list[float]) -> None:
+    assert sampling.levels_of(arguments, 2) == pytest.approx(levels)
+
+
+def test_levels_are_told_and_the_samplers_function_comes_back(sampling: Any) -> None:
+    def function(model: Any, x: Any, sigmas: torch.Tensor) -> Any:
+        return x
+
+    sampler = SimpleNamespace(func=function, model_wrap_cfg=SimpleNamespace(steps=2))
+    fusion = sampling.FusionSession(FusionSettings(freeu="Auto", freeu_start=0.5))
+    with sampling.told_levels(sampler, fusion):
+        assert sampler.func(None, 5, sigmas=torch.tensor([8.0, 2.0, 0.0])) == 5
+    assert sampler.func is function
+    assert fusion.levels == [8, 2, 0]
+    with sampling.told_levels(sampler, sampling.FusionSession(FusionSettings())):
+        assert sampler.func is function
