@@ -265,3 +265,19 @@ def test_levels_are_told_and_the_samplers_function_comes_back(sampling: Any) -> 
     assert fusion.levels == [8, 2, 0]
     with sampling.told_levels(sampler, sampling.FusionSession(FusionSettings())):
         assert sampler.func is function
+
+
+@pytest.mark.parametrize(
+    ("key", "freeu", "told"),
+    [("FreeU Stages", "Auto", 1), ("freeu_enabled", "Auto", 1), ("FreeU Stages", "Off", 0), ("Model", "Auto", 0)],
+)
+def test_another_freeu_is_told_once(sampling: Any, key: str, freeu: str, told: int) -> None:
+    """By what others write into the infotext: sd-webui-freeu, and the one built into Forge."""
+    from lib_fusion.webui import script
+
+    comments: dict[str, int] = {}
+    p = SimpleNamespace(extra_generation_params={key: "x"}, comment=lambda text: comments.update({text: 1}))
+    job = script.Job(FusionSettings(freeu=freeu))
+    for adds in (False, True):  # both passes of a picture
+        script._tell(p, job, {"calls": [4], "seconds": 1.0, "refined": False}, adds)
+    assert len(comments) == told
