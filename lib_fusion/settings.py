@@ -218,6 +218,9 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("passes", "choice", "both", "passes",
               "In which sampling passes all of this acts: both, only the first, or only hires fix.",
               choices=("both", "first", "hires"), where=("panel",)),
+    Parameter("refiner", "bool", False, "experts on refiner",
+              "Whether the experts go on when the refiner takes over from the base; it must be of their kind.",
+              where=("panel",)),
     *FREEU_PARAMETERS,
 )  # fmt: skip
 

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
-import numpy as np
-import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from lib_fusion.infotext import write_infotext
@@ -17,9 +15,6 @@ from lib_fusion.settings import FusionSettings, GenerationSettings
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-#: Colours of base, first, second and third expert in masks.
-MODEL_COLOURS = ((47, 62, 92), (242, 169, 59), (74, 163, 150), (201, 84, 110))
 
 
 def infotext(prompt: str, seed: int, generation: GenerationSettings, fusion: FusionSettings, base: str) -> str:
@@ -54,9 +49,9 @@ def save_png(image: Image.Image, path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def mask_image(winner: torch.Tensor) -> Image.Image:
-    """A mask int64 (h,w) as colours: dark blue the base, orange the first expert."""
-    return Image.fromarray(np.array(MODEL_COLOURS, dtype=np.uint8)[winner.numpy()])
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The typeface that matplotlib brings along; ``size`` in pixels."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def sheet(

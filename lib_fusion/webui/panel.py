@@ -19,8 +19,10 @@ from lib_fusion.infotext import Field
 from lib_fusion.settings import FREEU_AUTO, FREEU_PUBLISHED, FREEU_PUBLISHED_ROWS, FREEU_STAGES, MAX_EXPERTS
 from lib_fusion.webui import experts, presets, request
 from lib_fusion.webui.runtime import runtime
-from lib_fusion.webui.sampling import PLACES
+from lib_fusion.webui.sampling import PLACES, PREVIEW_OPTION
 
+#: The setting by which pasted settings switch the panel.
+PASTE_OPTION = "denoiser_fusion_paste_switches"
 #: A slider is of no use where it has more stops than this.
 MOST_STOPS = 1000
 #: More choices than this are a list to open.
@@ -58,8 +60,8 @@ def build(elem_id: Callable[[str], str]) -> Built:
                     place("k_general", "k_expert", "snb_hold")
             with gr.Tab("FreeU", elem_id=elem_id("tab_freeu")):
                 build_freeu(place, controls, elem_id)
-            with gr.Tab("Passes", elem_id=elem_id("tab_passes")):
-                place("passes")
+            with gr.Tab("Passes", elem_id=elem_id("tab_passes")), gr.Row():
+                place("passes", "refiner")
         inputs = [control for element in fields for control in controls[element]]
         build_presets(inputs, elem_id)
         build_memory(elem_id)
@@ -222,7 +224,7 @@ class Paste:
         if "lib_free_u" not in sys.modules:  # where that extension is there, it takes its entries itself
             entries = infotext.adopt_freeu(entries)
         if self.field is None:
-            return infotext.is_fused(entries)
+            return infotext.is_fused(entries) if shared.opts.data.get(PASTE_OPTION, True) else None
         value = infotext.read_infotext(entries, self.field)
         if self.field.row.key == "checkpoint" and value:
             info = sd_models.checkpoint_aliases.get(value)
@@ -256,5 +258,13 @@ def add_options() -> None:
     place = shared.OptionInfo(
         PLACES[0], "Where an expert waits", gr.Radio, {"choices": list(PLACES)}, section=section
     ).info("RAM spares GPU memory and costs time")
+    preview = shared.OptionInfo(
+        False, "Show after each picture which model drew what (SNB)", gr.Checkbox, section=section
+    ).info("a strip of the saliency masks at four steps, saved beside the picture")
+    paste = shared.OptionInfo(
+        True, "Pasting a fused picture's settings switches the panel on", gr.Checkbox, section=section
+    ).info("and those of a picture made without fusion switch it off")
     shared.opts.add_option("denoiser_fusion_cache", cache)
     shared.opts.add_option("denoiser_fusion_place", place)
+    shared.opts.add_option(PREVIEW_OPTION, preview)
+    shared.opts.add_option(PASTE_OPTION, paste)

@@ -27,18 +27,26 @@ from lib_fusion.webui.experts import Expert, check_base, find_checkpoint, kind_o
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.rows import Context, Rows, put_context, strip_marker, weights_of
 
+#: The setting that shows where the experts won.
+PREVIEW_OPTION = "denoiser_fusion_preview"
 PLACES = ("GPU", "RAM between pictures", "RAM between U-Net calls")
+
+#: Base model -> the experts of a pass beside it, and the context of each (None: it is told what the base is).
+Equip = Callable[[nn.Module], "tuple[list[Expert], list[Context | None]]"]
 
 
 class FusionPass:
-    """State and hooks of one pass; made for one model with one checkpoint, inert when the host has changed either."""
+    """State and hooks of one pass; made for one model with one checkpoint.
 
-    def __init__(self, settings: FusionSettings, experts: list[Expert], contexts: list[Context | None],
-                 sampler: Any, sd_model: nn.Module) -> None:  # fmt: skip
-        self.session = FusionSession(settings, kind="sd1" if settings.freeu == "Off" else kind_of(sd_model))
-        self.experts, self.contexts = experts, contexts
-        self.sampler, self.sd_model = sampler, sd_model
-        self.checkpoint = sd_model.sd_checkpoint_info
+    When the host has changed either, a refiner has taken over: the pass follows it where it is told to, with the
+    experts and their contexts that ``equip`` gives for that base, and is inert where it is not.
+    """
+
+    def __init__(self, settings: FusionSettings, equip: Equip, sampler: Any, sd_model: nn.Module) -> None:
+        kind = "sd1" if settings.freeu == "Off" else kind_of(sd_model)
+        self.session = FusionSession(settings, keep_masks=bool(shared.opts.data.get(PREVIEW_OPTION, False)), kind=kind)
+        self.equip, self.sampler = equip, sampler
+        self._take(sd_model)
         self.guidance_scale = float(sampler.sampler_extra_args["cond_scale"])
         self.place = shared.opts.data.get("denoiser_fusion_place", PLACES[0])
         self.refined = False
@@ -51,6 +59,10 @@ class FusionPass:
         self._original: Callable[..., torch.Tensor] | None = None
         self._previous: Any = None
         self._hooks = Hooks()
+
+    def _take(self, sd_model: nn.Module) -> None:
+        self.experts, self.contexts = self.equip(sd_model)
+        self.sd_model, self.checkpoint = sd_model, sd_model.sd_checkpoint_info
 
     def attach(self) -> None:
         self._previous = self.sd_model.__dict__.get("apply_model")
@@ -85,8 +97,12 @@ class FusionPass:
         if params.denoiser.sampler is not self.sampler:
             return
         if shared.sd_model is not self.sd_model or self.sd_model.sd_checkpoint_info != self.checkpoint:
-            self.refined = True  # the refiner has taken over: it knows nothing of the experts
-            return
+            if not self.session.settings.refiner:
+                self.refined = True
+                return
+            self.detach()
+            self._take(shared.sd_model)
+            self.attach()
         self._denoiser, self._sigma = params.denoiser, params.sigma
         self._rows = Rows(weights_of(self.sampler.sampler_extra_args["cond"]))
         if self.experts and self._rows.num_all != params.x.shape[0]:
@@ -276,23 +292,28 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
         runtime.current = None
         fusion.detach()
     seconds = time.perf_counter() - began
-    return samples, {"calls": list(fusion.session.calls), "seconds": seconds, "refined": fusion.refined}
+    done = fusion.session
+    return samples, {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "masks": done.masks}
 
 
 def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> FusionPass:
     """Checks, loads and encodes what a pass needs; raises SettingError or CheckpointError."""
-    sd_model = p.sd_model
-    check_base(sd_model)
     if settings.passes == "hires" and not getattr(p, "enable_hr", False):
         raise SettingError("passes", "hires", "allowed without hires fix: both, first")
     infos = [find_checkpoint(e.checkpoint, f"experts[{i}].checkpoint") for i, e in enumerate(settings.experts)]
-    experts = runtime.experts.acquire(infos, list(settings.experts), sd_model)
     weights = weights_of(sampler.sampler_extra_args["cond"])
-    contexts: list[Context | None] = []
-    for i, (info, expert) in enumerate(zip(infos, settings.experts)):
-        told = runtime.texts.tell(p, info, expert, f"experts[{i}]")
-        if told is not None and weights_of(told.cond) != weights:
-            parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {weights_of(told.cond)[0]}"
-            raise SettingError(f"experts[{i}].prompt", expert.prompt, f"{parts}; allowed: the same parts and weights")
-        contexts.append(None if told is None else Context(told, prompt_parser))
-    return FusionPass(settings, experts, contexts, sampler, sd_model)
+
+    def equip(sd_model: nn.Module) -> tuple[list[Expert], list[Context | None]]:
+        check_base(sd_model)
+        experts = runtime.experts.acquire(infos, list(settings.experts), sd_model)
+        contexts: list[Context | None] = []
+        for i, (info, expert) in enumerate(zip(infos, settings.experts)):
+            told = runtime.texts.tell(p, info, expert, f"experts[{i}]")
+            if told is not None and weights_of(told.cond) != weights:
+                parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {weights_of(told.cond)[0]}"
+                raise SettingError(f"experts[{i}].prompt", expert.prompt,
+                                   f"{parts}; allowed: the same parts and weights")  # fmt: skip
+            contexts.append(None if told is None else Context(told, prompt_parser))
+        return experts, contexts
+
+    return FusionPass(settings, equip, sampler, p.sd_model)
