@@ -15,7 +15,7 @@ from lib_fusion.methods.skipping import Forecaster, LastNoise
 from lib_fusion.settings import FusionSettings
 
 #: The most skips in a row where the settings leave it to the policy.
-POLICY_MAX = {"forecast": 1, "paper": 4}
+POLICY_MAX = {"Forecast": 1, "Paper": 4}
 
 
 COMPUTED, SKIPPED = "#", "."
@@ -61,7 +61,7 @@ class Skips:
         wanted = []
         for picture, latent in enumerate(self._latents):
             may = self._policy(model, picture).may_skip(self.log_sigma, latent)
-            if not may or (self._is_last and self.settings.skipping == "forecast"):
+            if not may or (self._is_last and self.settings.skipping == "Forecast"):
                 wanted.append(picture)
         return wanted
 
@@ -93,7 +93,7 @@ class Skips:
     @property
     def reach(self) -> int:
         """How many steps back a correction may go; 0: there are none."""
-        return self._most if self.settings.skip_correct and self.settings.skipping == "forecast" else 0
+        return self._most if self.settings.skip_correct and self.settings.skipping == "Forecast" else 0
 
     def record(self) -> dict[str, Any]:
         """By model and picture: predictions computed and skipped, the path, and the relative errors of forecasts."""
@@ -113,7 +113,7 @@ class Skips:
 
     def _make(self, _model: int, _picture: int) -> Forecaster | LastNoise:
         s = self.settings
-        if s.skipping == "paper":
+        if s.skipping == "Paper":
             return LastNoise(s.skip_threshold, self._most)
         return Forecaster(s.skip_tolerance, self._most, s.skip_warmup)
 

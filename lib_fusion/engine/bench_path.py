@@ -28,7 +28,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 #: Policies that are compared, and how the greedy path stands in for a skipped prediction.
-COMPARED = {"paper 0.01": "reuse", "paper 0.03": "reuse", "faithful (default)": "linear", "fast": "linear"}
+COMPARED = {"paper 0.01": "reuse", "paper 0.03": "reuse", "Faithful": "linear", "Fast": "linear"}
 
 
 class FixedPath(Forecaster):

@@ -23,7 +23,7 @@ from lib_fusion.engine.demo import FOLDER
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.measures import psnr, ssim
 from lib_fusion.session import FusionSession
-from lib_fusion.settings import ExpertSettings, FusionSettings, GenerationSettings
+from lib_fusion.settings import SKIP_PRESETS, ExpertSettings, FusionSettings, GenerationSettings
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -33,18 +33,17 @@ STEPS = (50, 30, 20)
 GUIDANCE = (7.0, 4.0)
 #: Lengths at which fewer steps are measured, for all of STEPS; between them PSNR is interpolated.
 LENGTHS = (12, 14, 16, 18, 20, 22, 25, 28, 30, 33, 38)
-#: Policies by name. The first four are measured in every cell, the others at the first guidance scale.
+#: Policies by name. The presets and the paper's are measured in every cell, the others at the first guidance scale.
 POLICIES: dict[str, dict[str, Any]] = {
-    "faithful (default)": {"skipping": "forecast"},
-    "balanced": {"skipping": "forecast", "skip_tolerance": 0.25},
-    "fast": {"skipping": "forecast", "skip_tolerance": 0.25, "skip_max": 2},
-    "paper 0.01": {"skipping": "paper"},
-    "default, uncorrected": {"skipping": "forecast", "skip_correct": False},
-    "tolerance 0.05": {"skipping": "forecast", "skip_tolerance": 0.05},
-    "paper 0.003": {"skipping": "paper", "skip_threshold": 0.003},
-    "paper 0.03": {"skipping": "paper", "skip_threshold": 0.03},
+    **{name: {"skipping": "Forecast", **values} for name, values in SKIP_PRESETS.items()},
+    "paper 0.01": {"skipping": "Paper"},
+    "Faithful, uncorrected": {"skipping": "Forecast", "skip_correct": False},
+    "tolerance 0.05": {"skipping": "Forecast", "skip_tolerance": 0.05},
+    "tolerance 0.3": {"skipping": "Forecast", "skip_tolerance": 0.3},
+    "paper 0.003": {"skipping": "Paper", "skip_threshold": 0.003},
+    "paper 0.03": {"skipping": "Paper", "skip_threshold": 0.03},
 }
-EVERYWHERE = 4
+EVERYWHERE = len(SKIP_PRESETS) + 1
 INTERVALS = (2, 3)
 #: Fused pairs: base, expert, guidance scale, and whether the expert is the base's own fine-tune.
 PAIRS = (("general", "animals", 4.0), ("general", "vehicles", 4.0), ("animals", "vehicles", 7.0))

@@ -20,6 +20,8 @@ from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.session import FusionSession, MaskRecord
 from lib_fusion.settings import FusionSettings, GenerationSettings
 from lib_fusion.skips import join_records
+from lib_fusion.unet.hooks import attach_freeu
+from lib_fusion.unet.layout import read_layout
 
 
 @dataclass
@@ -92,7 +94,7 @@ class Engine:
         with tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True) as bar:
             for start in range(0, len(jobs), size):
                 batch = jobs[start : start + size]
-                session = FusionSession(fusion, fixed_mask, keep_masks)
+                session = FusionSession(fusion, fixed_mask, keep_masks, self.models[0].unet.kind)
                 latents = self.denoise(batch, generation, session, bar)
                 images = self.decode(latents)
                 for i, ((prompt, seed), image) in enumerate(zip(batch, images, strict=True)):
@@ -142,26 +144,30 @@ class Engine:
         alphas = scheduler.alphas_cumprod.to(self.device)
         weights = torch.tensor([generation.cfg_scale, 1 - generation.cfg_scale], device=self.device).view(2, 1, 1, 1)
         steps = SamplerSteps(scheduler, session, generation.cfg_scale)
-        for t in scheduler.timesteps:
-            scaled = steps.sampler.scale_model_input(x, t)  # variance-preserving, whatever the sampler
-            skips = session.skips
-            if skips is not None:
-                a = float(_alpha_at(t.to(self.device), alphas))
-                skips.begin_step(math.log((1 - a) / a) / 2, list(scaled), bool(t == scheduler.timesteps[-1]))
-            noises: dict[int, torch.Tensor] = {}
-            for i in session.models_at(float(t)):
-                pictures = list(range(len(x))) if skips is None else skips.needed(i)
-                if pictures:
-                    noises[i] = self._predict(self.models[i], told[i], scaled, t, alphas, pictures)
-                    session.count(i, 2 * len(pictures))
+        session.begin([*map(float, scheduler.timesteps), -1.0])
+        unets = [model.unet for model in self.models] if session.freeu else []
+        with attach_freeu([point for unet in unets for point in read_layout(unet).decoder], session.freeu):
+            for t in scheduler.timesteps:
+                scaled = steps.sampler.scale_model_input(x, t)  # variance-preserving, whatever the sampler
+                skips = session.skips
                 if skips is not None:
-                    computed = dict(zip(pictures, noises.get(i, ()), strict=True))
-                    noises[i] = torch.stack(skips.complete(i, computed, [weights] * len(x)))
-            if skips is not None:
-                x = steps.correct(skips.take_corrections(), x)
-            x = steps.take(noises, t, x)
-            if bar is not None:
-                bar.update()
+                    a = float(_alpha_at(t.to(self.device), alphas))
+                    skips.begin_step(math.log((1 - a) / a) / 2, list(scaled), bool(t == scheduler.timesteps[-1]))
+                noises: dict[int, torch.Tensor] = {}
+                for i in session.models_at(float(t)):
+                    pictures = list(range(len(x))) if skips is None else skips.needed(i)
+                    if pictures:
+                        with session.using_freeu(i, float(t)):
+                            noises[i] = self._predict(self.models[i], told[i], scaled, t, alphas, pictures)
+                        session.count(i, 2 * len(pictures))
+                    if skips is not None:
+                        computed = dict(zip(pictures, noises.get(i, ()), strict=True))
+                        noises[i] = torch.stack(skips.complete(i, computed, [weights] * len(x)))
+                if skips is not None:
+                    x = steps.correct(skips.take_corrections(), x)
+                x = steps.take(noises, t, x)
+                if bar is not None:
+                    bar.update()
         return x
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
