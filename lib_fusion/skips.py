@@ -5,7 +5,7 @@ Every picture has its own policy for each model, so that it does not depend on i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,12 @@ COMPUTED, SKIPPED = "#", "."
 
 @dataclass
 class Correction:
-    """What a model's noise for a picture, (K,C,H,W), should have been at the step of this noise level."""
+    """What is to be added to a model's noise for a picture, (K,C,H,W), at the step of this noise level."""
 
     model: int
     picture: int
     log_sigma: float
-    noise: torch.Tensor
+    change: torch.Tensor
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Skips:
     makes the policy of a model and a picture instead of the settings.
 
     A step is ``begin_step`` and then, for each model that the step needs, ``needed``, a run of the model for those
-    pictures, and ``complete``.
+    pictures with ``observe`` of each, and ``forecast`` for the others.
     """
 
     settings: FusionSettings
@@ -50,50 +50,41 @@ class Skips:
         self._policies: dict[tuple[int, int], Forecaster | LastNoise] = {}
         self._corrections: list[Correction] = []
         self._most = self.settings.skip_max or POLICY_MAX.get(self.settings.skipping, 1)
+        #: How many steps back a correction may go; 0: there are none.
+        self.reach = self._most if self.settings.skip_correct and self.settings.skipping == "Forecast" else 0
         self.log_sigma, self._is_last = 0.0, False
 
     def begin_step(self, log_sigma: float, latents: Sequence[torch.Tensor], is_last: bool) -> None:
         """``latents``: each picture's (C,H,W), variance-preserving. The last step is never forecast."""
         self.log_sigma, self._is_last, self._latents = log_sigma, is_last, latents
 
-    def needed(self, model: int) -> list[int]:
-        """The pictures that the model must be run for at this step."""
+    def needed(self, model: int, together: bool = False) -> list[int]:
+        """The pictures that the model must be run for at this step; ``together``: none or all of them."""
         wanted = []
         for picture, latent in enumerate(self._latents):
             may = self._policy(model, picture).may_skip(self.log_sigma, latent)
             if not may or (self._is_last and self.settings.skipping == "Forecast"):
                 wanted.append(picture)
+        if together and wanted:
+            wanted = list(range(len(self._latents)))
+        marks = [COMPUTED if picture in wanted else SKIPPED for picture in range(len(self._latents))]
+        self.paths[model] = [a + b for a, b in zip(self.paths.get(model, [""] * len(marks)), marks)]
         return wanted
 
-    def complete(
-        self, model: int, computed: Mapping[int, torch.Tensor], weights: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """The model's noise for all pictures, each (K,C,H,W): computed or, where it is not, forecast.
+    def observe(self, model: int, picture: int, noise: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Takes a computed noise (K,C,H,W); with ``weights`` (K,1,1,1) its rows add up to the guided noise."""
+        for level, change in self._policy(model, picture).observe(self.log_sigma, noise, weights):
+            self._corrections.append(Correction(model, picture, level, change))
+        return noise
 
-        ``weights``: for each picture those (K,1,1,1) with which its rows add up to the guided noise.
-        """
-        noises = []
-        for picture in range(len(self._latents)):
-            policy = self._policy(model, picture)
-            if picture in computed:
-                noises.append(computed[picture])
-                for level, noise in policy.observe(self.log_sigma, computed[picture], weights[picture]):
-                    self._corrections.append(Correction(model, picture, level, noise))
-            else:
-                noises.append(policy.forecast(self.log_sigma))
-        marks = [COMPUTED if picture in computed else SKIPPED for picture in range(len(self._latents))]
-        self.paths[model] = [a + b for a, b in zip(self.paths.get(model, [""] * len(marks)), marks)]
-        return noises
+    def forecast(self, model: int, picture: int) -> torch.Tensor:
+        """The noise (K,C,H,W) of a picture that the model is not run for."""
+        return self._policy(model, picture).forecast(self.log_sigma)
 
     def take_corrections(self) -> list[Correction]:
         """What this step has told about those skipped before it, once."""
         result, self._corrections = self._corrections, []
         return result if self.reach else []
-
-    @property
-    def reach(self) -> int:
-        """How many steps back a correction may go; 0: there are none."""
-        return self._most if self.settings.skip_correct and self.settings.skipping == "Forecast" else 0
 
     def record(self) -> dict[str, Any]:
         """By model and picture: predictions computed and skipped, the path, and the relative errors of forecasts."""

@@ -155,14 +155,17 @@ class Engine:
                     skips.begin_step(math.log((1 - a) / a) / 2, list(scaled), bool(t == scheduler.timesteps[-1]))
                 noises: dict[int, torch.Tensor] = {}
                 for i in session.models_at(float(t)):
-                    pictures = list(range(len(x))) if skips is None else skips.needed(i)
-                    if pictures:
+                    run = list(range(len(x))) if skips is None else skips.needed(i)
+                    if run:
                         with session.using_freeu(i, float(t)):
-                            noises[i] = self._predict(self.models[i], told[i], scaled, t, alphas, pictures)
-                        session.count(i, 2 * len(pictures))
+                            noises[i] = self._predict(self.models[i], told[i], scaled, t, alphas, run)
+                    session.count(i, 2 * len(run), 2 * (len(x) - len(run)))
                     if skips is not None:
-                        computed = dict(zip(pictures, noises.get(i, ()), strict=True))
-                        noises[i] = torch.stack(skips.complete(i, computed, [weights] * len(x)))
+                        computed = dict(zip(run, noises.get(i, ()), strict=True))
+                        noises[i] = torch.stack([
+                            skips.observe(i, picture, computed[picture], weights) if picture in computed
+                            else skips.forecast(i, picture) for picture in range(len(x))
+                        ])  # fmt: skip
                 if skips is not None:
                     x = steps.correct(skips.take_corrections(), x)
                 x = steps.take(noises, t, x)

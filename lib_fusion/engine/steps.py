@@ -44,7 +44,7 @@ class SamplerSteps:
         first = len(levels)
         for correction in corrections:
             if correction.log_sigma in self._taken:
-                self._taken[correction.log_sigma].noises[correction.model][correction.picture] = correction.noise
+                self._taken[correction.log_sigma].noises[correction.model][correction.picture] += correction.change
                 first = min(first, levels.index(correction.log_sigma))
         for level in levels[first:]:
             step = self._taken[level]

@@ -23,6 +23,8 @@ import torch
 
 #: How much of a correction is made: the noises computed meanwhile were computed at the uncorrected latent.
 CORRECTION = 0.8
+#: Log sigmas that are no further apart are one noise level.
+SAME_LEVEL = 1e-4
 
 
 class ThirdOrderEstimator:
@@ -97,6 +99,8 @@ class Forecaster:
         """Whether the prediction at this noise level may be a forecast. The error of a line grows as its spans."""
         if self.tolerance <= 0 or self._computed < self.warmup or len(self._skipped) >= self.max_skips:
             return False
+        if len(self._nodes) < 2 or log_sigma >= self._nodes[-1][0] - SAME_LEVEL:
+            return False
         return self._curvature * self._spans(log_sigma) * _weight(log_sigma) <= self.tolerance
 
     def forecast(self, log_sigma: float) -> torch.Tensor:
@@ -111,9 +115,13 @@ class Forecaster:
         """Takes computed noise (K,C,H,W) of all rows of the picture.
 
         ``weights`` (K,1,1,1) are those with which the rows add up to the guided noise: w and 1 - w, for one prompt
-        and the guidance scale w. Returns what the noises skipped since the last computed one should have been:
-        (log sigma, (K,C,H,W)), oldest first, by quadratic interpolation through this and the two computed before.
+        and the guidance scale w. Returns what is to be added to the noises skipped since the last computed one, by
+        quadratic interpolation through this and the two computed before: (log sigma, (K,C,H,W)), oldest first.
+
+        A noise level that has not fallen (samplers that evaluate one twice, or go back up) begins a new history.
         """
+        if self._nodes and log_sigma >= self._nodes[-1][0] - SAME_LEVEL:
+            self._nodes, self._skipped, self._curvature = [], [], float("inf")
         if len(self._nodes) >= 2:
             wrong = noise - _interpolate(self._nodes[-2:], log_sigma)
             error, size = (torch.linalg.vector_norm((weights * rows).sum(0)) for rows in (wrong, noise))
@@ -123,7 +131,7 @@ class Forecaster:
         self._nodes = [*self._nodes[-2:], (log_sigma, noise)]
         self._computed += 1
         skipped, self._skipped = self._skipped, []
-        return [(level, torch.lerp(was, _interpolate(self._nodes, level), CORRECTION)) for level, was in skipped]
+        return [(level, CORRECTION * (_interpolate(self._nodes, level) - was)) for level, was in skipped]
 
     def _spans(self, log_sigma: float) -> float:
         (first, _), (second, _) = self._nodes[-2:]

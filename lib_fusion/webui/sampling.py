@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from lib_fusion.unet.layout import read_layout
 from lib_fusion.webui.experts import Expert, check_base, find_checkpoint, kind_of
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.rows import Context, Rows, put_context, strip_marker, weights_of
+from lib_fusion.webui.skipping import CORRECTED, Corrector, StepSkips, leaves_out_uncond
 
 #: The setting that shows where the experts won.
 PREVIEW_OPTION = "denoiser_fusion_preview"
@@ -42,9 +43,12 @@ class FusionPass:
     experts and their contexts that ``equip`` gives for that base, and is inert where it is not.
     """
 
-    def __init__(self, settings: FusionSettings, equip: Equip, sampler: Any, sd_model: nn.Module) -> None:
+    def __init__(self, settings: FusionSettings, equip: Equip, sampler: Any, sd_model: nn.Module,
+                 is_hires: bool = False) -> None:  # fmt: skip
         kind = "sd1" if settings.freeu == "Off" else kind_of(sd_model)
         self.session = FusionSession(settings, keep_masks=bool(shared.opts.data.get(PREVIEW_OPTION, False)), kind=kind)
+        if settings.skip_passes == ("first" if is_hires else "hires"):
+            self.session.skips = None
         self.equip, self.sampler = equip, sampler
         self._take(sd_model)
         self.guidance_scale = float(sampler.sampler_extra_args["cond_scale"])
@@ -59,6 +63,8 @@ class FusionPass:
         self._original: Callable[..., torch.Tensor] | None = None
         self._previous: Any = None
         self._hooks = Hooks()
+        self._skipping: StepSkips | None = None
+        self._corrector: Corrector | None = None
 
     def _take(self, sd_model: nn.Module) -> None:
         self.experts, self.contexts = self.equip(sd_model)
@@ -79,7 +85,7 @@ class FusionPass:
 
     def detach(self) -> None:
         """Takes everything off; the wrapper stays inert where someone else has wrapped it since."""
-        self._rows = None
+        self._rows = self._skipping = None
         self._hooks.remove()
         if self.sd_model.__dict__.get("apply_model") == self.apply_model:
             if self._previous is None:
@@ -93,7 +99,7 @@ class FusionPass:
 
     def begin_step(self, params: Any) -> None:
         """The host is about to compute a step's rows (its ``on_cfg_denoiser``)."""
-        self._rows = None
+        self._rows = self._skipping = None
         if params.denoiser.sampler is not self.sampler:
             return
         if shared.sd_model is not self.sd_model or self.sd_model.sd_checkpoint_info != self.checkpoint:
@@ -103,12 +109,18 @@ class FusionPass:
             self.detach()
             self._take(shared.sd_model)
             self.attach()
+            self.session.forget()
         self._denoiser, self._sigma = params.denoiser, params.sigma
         self._rows = Rows(weights_of(self.sampler.sampler_extra_args["cond"]))
         if self.experts and self._rows.num_all != params.x.shape[0]:
             self._rows = None
             told = "another extension has changed how many rows a step has"
             raise FusionError(f"Denoiser Fusion can't tell which prompt a row belongs to: {told}")
+        if self.session.skips is not None and self._rows.num_all == params.x.shape[0]:
+            s_min_uncond = self.sampler.sampler_extra_args["s_min_uncond"]
+            if not leaves_out_uncond(params.denoiser, params.sigma, s_min_uncond):
+                self._skipping = StepSkips(self.session, self._rows, params.denoiser, params.x, params.sigma,
+                                           self.sd_model.alphas_cumprod, self.guidance_scale)  # fmt: skip
 
     def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The first model's raw output for the rows of this call; the others' are kept for the end of the step."""
@@ -125,12 +137,21 @@ class FusionPass:
         self._models = self.session.models_at(self._timestep)
         outputs = {}
         for i in self._models:
-            with self.session.using_freeu(i, float(self._sigma[0])):
-                outputs[i] = (
-                    self._original(x, t, cond, *args, **kwargs) if i == BASE
-                    else self._run_expert(i, x, t, cond, start, stop, *args, **kwargs)
-                )  # fmt: skip
-            self.session.count(i, x.shape[0])
+
+            def call(x: torch.Tensor, t: torch.Tensor, cond: Any, chosen: Sequence[int], i: int = i) -> torch.Tensor:
+                with self.session.using_freeu(i, float(self._sigma[0])):
+                    if i == BASE:
+                        return self._original(x, t, cond, *args, **kwargs)
+                    return self._run_expert(i, x, t, cond, chosen, *args, **kwargs)
+
+            chosen = range(start, stop)
+            if self._skipping is not None:
+                together = "forward" in self.sd_model.model.diffusion_model.__dict__
+                is_v = self.sd_model.parameterization == "v"
+                outputs[i] = self._skipping.run(i, x, t, cond, chosen, together, is_v, call)
+            else:
+                outputs[i] = call(x, t, cond, chosen)
+                self.session.count(i, x.shape[0])
         if len(outputs) > 1:
             for i, output in outputs.items():
                 rows.raw.setdefault(i, []).append(output)
@@ -139,6 +160,8 @@ class FusionPass:
     def end_step(self, params: Any) -> None:
         """The host has all rows of a step (its ``on_cfg_denoised``): writes the fused ones over them, in place."""
         rows, self._rows = self._rows, None
+        if self._skipping is not None:
+            self._skipping.end()
         if rows is None or len(self._models) < 2 or rows.cursor == 0:
             return
         raw = {i: torch.cat(parts) for i, parts in rows.raw.items()}
@@ -153,6 +176,22 @@ class FusionPass:
             for i, row in enumerate(rows.first_rows()):
                 x[rows.num_cond + i] = x[row]
 
+    def begin_skipping(self, function: Any, arguments: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
+        """The callback for the host's sampling function, which also corrects its latent where that is exact."""
+        callback, name = arguments["callback"], getattr(function, "__name__", "")
+        noisy = arguments.get("s_churn", 0) or (name == "ddim" and arguments.get("eta", 0))
+        if name not in CORRECTED or noisy or self.sampler.model_wrap_cfg.mask is not None:
+            self.session.skips.reach = 0
+            return callback
+        corrector = Corrector(name, self.session, self.sd_model.alphas_cumprod)
+
+        def after_model(given: dict[str, Any]) -> None:
+            models, winner = self._models, self.session.last_winner
+            corrector.after_model(given, self._skipping, lambda i, picture: share_of(i, picture, models, winner))
+            callback(given)
+
+        return after_model
+
     def _fuse(self, rows: Rows, raw: dict[int, torch.Tensor]) -> torch.Tensor | None:
         owner = rows.owners(next(iter(raw.values())).device)[: rows.cursor]
         cond = uncond = None
@@ -162,8 +201,9 @@ class FusionPass:
                 cond[i], uncond[i] = rows.combine(value * self._noise_scale(rows))
         return self.session.fuse_rows(self._timestep, raw, owner, cond, uncond, self.guidance_scale)
 
-    def _run_expert(self, model: int, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], start: int, stop: int,
+    def _run_expert(self, model: int, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], chosen: Sequence[int],
                     *args: Any, **kwargs: Any) -> torch.Tensor:  # fmt: skip
+        """An expert's raw output for the rows ``chosen`` of the step's."""
         expert, context = self.experts[model - 1], self.contexts[model - 1]
         if context is None:
             told = strip_marker(cond)
@@ -171,7 +211,7 @@ class FusionPass:
             denoiser = self._denoiser
             padded = denoiser.padded_cond_uncond or denoiser.padded_cond_uncond_v0
             v0 = shared.opts.pad_cond_uncond_v0
-            told = put_context(cond, context.slice(denoiser.step, start, stop, padded, v0))
+            told = put_context(cond, context.slice(denoiser.step, chosen, padded, v0))
         if expert.unet is None:
             return self._original(x, t, told, *args, **kwargs)
         if self.place == PLACES[2]:
@@ -206,6 +246,13 @@ class FusionPass:
         return scale[:, None, None, None]
 
 
+def share_of(model: int, picture: int, models: tuple[int, ...], winner: torch.Tensor | None) -> torch.Tensor | float:
+    """How much (or where, (1,H,W)) a model's noise is that of a step of these models."""
+    if len(models) < 2 or winner is None:
+        return 1 / len(models)
+    return (winner[picture] == model).float()
+
+
 def set_tiling(unet: nn.Module, tiling: bool) -> None:
     """Lets convolutions wrap around at the edges, as the host does with its own model's."""
     for layer in unet.modules():
@@ -232,19 +279,23 @@ def borrowed_forward(unet: nn.Module, other: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def told_levels(sampler: Any, session: FusionSession) -> Iterator[None]:
+def told_levels(
+    sampler: Any, session: FusionSession, wrap_callback: Callable[[Any, Mapping[str, Any]], Any] | None = None
+) -> Iterator[None]:
     """Tells the session the pass's noise levels, which the host hands to its sampling function and to nobody else.
 
-    For FreeU's schedule. Counters would not do: with second-order samplers, hires fix or adaptive steps they count
-    something else than steps.
+    For FreeU's schedule and for skipping. Counters would not do: with second-order samplers, hires fix or adaptive
+    steps they count something else than steps.
     """
-    if session.freeu is None:
+    if session.freeu is None and session.skips is None:
         yield
         return
     function = sampler.func
 
     def func(*args: Any, **kwargs: Any) -> Any:
         session.begin(levels_of(kwargs, sampler.model_wrap_cfg.steps))
+        if session.skips is not None:
+            kwargs["callback"] = wrap_callback(function, kwargs)
         return function(*args, **kwargs)
 
     sampler.func = func
@@ -282,7 +333,7 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
     runtime.current = fusion
     try:
         fusion.attach()
-        with told_levels(sampler, fusion.session):
+        with told_levels(sampler, fusion.session, fusion.begin_skipping):
             samples = sample()
         if fusion.error is not None:
             raise fusion.error
@@ -293,13 +344,16 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
         fusion.detach()
     seconds = time.perf_counter() - began
     done = fusion.session
-    return samples, {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "masks": done.masks}
+    record = {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "masks": done.masks}
+    return samples, {**record, "rows": done.rows, "skipped_rows": done.skipped_rows}
 
 
 def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> FusionPass:
     """Checks, loads and encodes what a pass needs; raises SettingError or CheckpointError."""
     if settings.passes == "hires" and not getattr(p, "enable_hr", False):
         raise SettingError("passes", "hires", "allowed without hires fix: both, first")
+    if settings.may_skip and settings.skip_passes == "hires" and not getattr(p, "enable_hr", False):
+        raise SettingError("skip_passes", "hires", "allowed without hires fix: both, first")
     infos = [find_checkpoint(e.checkpoint, f"experts[{i}].checkpoint") for i, e in enumerate(settings.experts)]
     weights = weights_of(sampler.sampler_extra_args["cond"])
 
@@ -316,4 +370,4 @@ def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> Fus
             contexts.append(None if told is None else Context(told, prompt_parser))
         return experts, contexts
 
-    return FusionPass(settings, equip, sampler, p.sd_model)
+    return FusionPass(settings, equip, sampler, p.sd_model, bool(getattr(p, "is_hr_pass", False)))

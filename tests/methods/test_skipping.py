@@ -166,8 +166,8 @@ def test_the_next_computed_noise_corrects_the_skipped_ones():
         forecasts[level] = policy.forecast(level)
     found = policy.observe(0.6, course(0.6), GUIDED)
     assert [level for level, _ in found] == [1.2, 0.9]
-    for level, noise in found:
-        torch.testing.assert_close(noise, forecasts[level] + CORRECTION * (course(level) - forecasts[level]))
+    for level, change in found:
+        torch.testing.assert_close(change, CORRECTION * (course(level) - forecasts[level]))
     assert policy.observe(0.5, course(0.5), GUIDED) == []
 
 
@@ -187,3 +187,15 @@ def test_warm_up_and_most_in_a_row_hold_whatever_comes(max_skips, warmup, tolera
             found = policy.observe(level, torch.randn(2, 1, 2, 2, generator=generator), GUIDED)
             assert len(found) == run
             run, computed = 0, computed + 1
+
+
+def test_a_noise_level_that_does_not_fall_begins_a_new_history():
+    """As with Heun, which evaluates every level twice: nothing is ever skipped, and nothing divides by zero."""
+    policy = Forecaster(tolerance=1e9, max_skips=3)
+    for level in (2.0, 1.5, 1.5, 1.0, 1.0, 0.5, 0.5, 0.0, 0.0):
+        assert not policy.may_skip(level)
+        policy.observe(level, torch.randn(2, 1, 2, 2), GUIDED)
+    policy.observe(-1.0, torch.randn(2, 1, 2, 2), GUIDED)
+    policy.observe(-1.5, torch.randn(2, 1, 2, 2), GUIDED)
+    assert policy.may_skip(-2.0)
+    assert not policy.may_skip(-1.5)
