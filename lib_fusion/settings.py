@@ -372,7 +372,7 @@ class FusionSettings(_Rows):
     @property
     def is_idle(self) -> bool:
         """Whether nothing is asked for, so that there is nothing to do."""
-        return not self.experts and self.freeu == "Off" and not self.may_skip
+        return not self.experts and self.freeu == "Off" and self.skipping == "Off"
 
     def in_window(self, timestep: float) -> bool:
         """Whether the models are fused at this timestep: ``start >= t > end``, and down to 0 where the end is 0."""
