@@ -207,7 +207,7 @@ SKIP_PARAMETERS: tuple[Parameter, ...] = (
               choices=("Off", "Forecast", "Paper")),
     Parameter("skip_tolerance", "float", 0.15, "skip tolerance",
               "Forecast: how wrong a forecast may be, relative to the guided noise; more skips more, 0 skips nothing.",
-              low=0, high=2, step=0.005),
+              low=0, high=10, step=0.01),
     Parameter("skip_threshold", "float", 0.01, "skip threshold",
               "Paper: how unsteady the latent's course may be; more skips more, 0 skips nothing.",
               low=0, high=1, step=0.005),
