@@ -2,7 +2,8 @@
 
 Ratios within one run, so that they hold on a busy machine. A pair is a U-Net forward without FreeU and one with it, in
 alternating order; told are the median of the pairs' ratios, and the part of a forward that was spent inside FreeU,
-which a neighbour's load touches least. SD1.5's sizes have random weights: time does not depend on them.
+which a neighbour's load touches least. On one thread it is the processor's time that is told, not the clock's.
+SD1.5's sizes have random weights: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -35,6 +36,11 @@ DEMO_STAGES = {1: Stage(1.2, 0.9)}
 REPEATS = 20
 
 
+def now() -> float:
+    """Seconds; with one thread those of this process alone."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 class Clock:
     """Adds up the seconds spent in what it wraps."""
 
@@ -43,11 +49,11 @@ class Clock:
 
     def timed(self, function: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
-            began = time.perf_counter()
+            began = now()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - began
+                self.seconds += now() - began
 
         return call
 
@@ -59,9 +65,9 @@ def measure(forward: Callable[[], object], switch: Callable[[bool], None], clock
     def run(active: bool) -> None:
         switch(active)
         clock.seconds = 0.0
-        began = time.perf_counter()
+        began = now()
         forward()
-        seconds = time.perf_counter() - began
+        seconds = now() - began
         (on if active else off).append(seconds)
         if active:
             inside.append(clock.seconds / (seconds - clock.seconds))
@@ -119,10 +125,10 @@ def bench_filter(rows: int, pairs: int) -> dict[str, dict]:
         band = LowBand.like(maps, 0.0)
 
         def seconds(function: Callable[[], object], times: int) -> float:
-            began = time.perf_counter()
+            began = now()
             for _ in range(times):
                 function()
-            return (time.perf_counter() - began) / times
+            return (now() - began) / times
 
         def ours(maps: torch.Tensor = maps, band: LowBand = band) -> None:
             filter_skip_(maps, 0.999, band=band)
