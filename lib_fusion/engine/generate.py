@@ -17,6 +17,8 @@ from lib_fusion.engine.samplers import make_scheduler
 from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.session import FusionSession, MaskRecord
 from lib_fusion.settings import FusionSettings, GenerationSettings
+from lib_fusion.unet.hooks import attach_freeu
+from lib_fusion.unet.layout import read_layout
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Engine:
         with tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True) as bar:
             for start in range(0, len(jobs), size):
                 batch = jobs[start : start + size]
-                session = FusionSession(fusion, fixed_mask, keep_masks)
+                session = FusionSession(fusion, fixed_mask, keep_masks, self.models[0].unet.kind)
                 latents = self.denoise(batch, generation, session, bar)
                 images = self.decode(latents)
                 for i, ((prompt, seed), image) in enumerate(zip(batch, images, strict=True)):
@@ -132,16 +134,20 @@ class Engine:
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for _, seed in jobs]
         x = torch.cat(noise).to(self.device) * scheduler.init_noise_sigma
         alphas = scheduler.alphas_cumprod.to(self.device)
-        for t in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(x, t)
-            cond, uncond = {}, {}
-            for i in session.models_at(float(t)):
-                cond[i], uncond[i] = self._predict(self.models[i], told[i], scaled, t, alphas)
-                session.count(i, 2 * len(x))
-            c, u = session.fuse(float(t), cond, uncond, generation.cfg_scale)
-            x = scheduler.step(u + generation.cfg_scale * (c - u), t, x).prev_sample
-            if bar is not None:
-                bar.update()
+        session.begin([*map(float, scheduler.timesteps), -1.0])
+        unets = [model.unet for model in self.models] if session.freeu else []
+        with attach_freeu([point for unet in unets for point in read_layout(unet).decoder], session.freeu):
+            for t in scheduler.timesteps:
+                scaled = scheduler.scale_model_input(x, t)
+                cond, uncond = {}, {}
+                for i in session.models_at(float(t)):
+                    with session.using_freeu(i, float(t)):
+                        cond[i], uncond[i] = self._predict(self.models[i], told[i], scaled, t, alphas)
+                    session.count(i, 2 * len(x))
+                c, u = session.fuse(float(t), cond, uncond, generation.cfg_scale)
+                x = scheduler.step(u + generation.cfg_scale * (c - u), t, x).prev_sample
+                if bar is not None:
+                    bar.update()
         return x
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:

@@ -27,7 +27,7 @@ def infotext(prompt: str, seed: int, generation: GenerationSettings, fusion: Fus
         "CFG scale": f"{generation.cfg_scale:g}", "Seed": seed,
         "Size": f"{generation.width}x{generation.height}", "Model": base,
     }  # fmt: skip
-    if fusion.experts:
+    if not fusion.is_idle:
         names = [Path(expert.checkpoint).name for expert in fusion.experts]
         values |= {key: _quoted(value) for key, value in write_infotext(fusion, names).items()}
     lines.append(", ".join(f"{key}: {value}" for key, value in values.items()))

@@ -140,7 +140,8 @@ def check_base(sd_model: nn.Module) -> None:
         raise SettingError("base checkpoint", name, f"it is an instruct-pix2pix model; {allowed}")
     if sd_unet.current_unet is not None:
         label = getattr(sd_unet.current_unet.option, "label", "?")
-        raise SettingError("SD Unet", label, "allowed with Denoiser Fusion: None, since an engine can't run an expert")
+        told = "allowed with Denoiser Fusion: None, since an engine runs neither experts nor hooks"
+        raise SettingError("SD Unet", label, told)
 
 
 def check_fits(info: Any, sd_model: nn.Module, field: str) -> None:

@@ -7,8 +7,9 @@ host has all rows of a step, it shows them to ``on_cfg_denoised``, where the fus
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch import nn
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.session import BASE, FusionSession
 from lib_fusion.settings import FusionSettings
-from lib_fusion.webui.experts import Expert, check_base, find_checkpoint
+from lib_fusion.unet.hooks import Hooks, attach_freeu
+from lib_fusion.unet.layout import read_layout
+from lib_fusion.webui.experts import Expert, check_base, find_checkpoint, kind_of
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.rows import Context, Rows, put_context, strip_marker, weights_of
 
@@ -40,7 +43,8 @@ class FusionPass:
     """
 
     def __init__(self, settings: FusionSettings, equip: Equip, sampler: Any, sd_model: nn.Module) -> None:
-        self.session = FusionSession(settings, keep_masks=bool(shared.opts.data.get(PREVIEW_OPTION, False)))
+        kind = "sd1" if settings.freeu == "Off" else kind_of(sd_model)
+        self.session = FusionSession(settings, keep_masks=bool(shared.opts.data.get(PREVIEW_OPTION, False)), kind=kind)
         self.equip, self.sampler = equip, sampler
         self._take(sd_model)
         self.guidance_scale = float(sampler.sampler_extra_args["cond_scale"])
@@ -54,6 +58,7 @@ class FusionPass:
         self._models: tuple[int, ...] = (BASE,)
         self._original: Callable[..., torch.Tensor] | None = None
         self._previous: Any = None
+        self._hooks = Hooks()
 
     def _take(self, sd_model: nn.Module) -> None:
         self.experts, self.contexts = self.equip(sd_model)
@@ -63,6 +68,9 @@ class FusionPass:
         self._previous = self.sd_model.__dict__.get("apply_model")
         self._original = self.sd_model.apply_model
         self.sd_model.apply_model = self.apply_model
+        if self.session.freeu is not None:
+            unets = [self.sd_model.model.diffusion_model, *(e.unet for e in self.experts if e.unet is not None)]
+            self._hooks = attach_freeu([p for unet in unets for p in read_layout(unet).decoder], self.session.freeu)
         for expert in self.experts:
             if expert.unet is not None:
                 set_tiling(expert.unet, model_hijack.circular_enabled)
@@ -72,6 +80,7 @@ class FusionPass:
     def detach(self) -> None:
         """Takes everything off; the wrapper stays inert where someone else has wrapped it since."""
         self._rows = None
+        self._hooks.remove()
         if self.sd_model.__dict__.get("apply_model") == self.apply_model:
             if self._previous is None:
                 del self.sd_model.apply_model
@@ -96,7 +105,7 @@ class FusionPass:
             self.attach()
         self._denoiser, self._sigma = params.denoiser, params.sigma
         self._rows = Rows(weights_of(self.sampler.sampler_extra_args["cond"]))
-        if self._rows.num_all != params.x.shape[0]:
+        if self.experts and self._rows.num_all != params.x.shape[0]:
             self._rows = None
             told = "another extension has changed how many rows a step has"
             raise FusionError(f"Denoiser Fusion can't tell which prompt a row belongs to: {told}")
@@ -109,17 +118,18 @@ class FusionPass:
         if rows is None or not isinstance(cond, dict):
             return self._original(x, t, cond, *args, **kwargs)
         start, stop = rows.cursor, rows.cursor + x.shape[0]
-        if stop > rows.num_all:
+        if self.experts and stop > rows.num_all:
             raise FusionError(f"Denoiser Fusion expected {rows.num_all} rows in a step, the host has asked for {stop}")
         rows.cursor = stop
         self._timestep = float(t.flatten()[0])
         self._models = self.session.models_at(self._timestep)
         outputs = {}
         for i in self._models:
-            outputs[i] = (
-                self._original(x, t, cond, *args, **kwargs) if i == BASE
-                else self._run_expert(i, x, t, cond, start, stop, *args, **kwargs)
-            )  # fmt: skip
+            with self.session.using_freeu(i, float(self._sigma[0])):
+                outputs[i] = (
+                    self._original(x, t, cond, *args, **kwargs) if i == BASE
+                    else self._run_expert(i, x, t, cond, start, stop, *args, **kwargs)
+                )  # fmt: skip
             self.session.count(i, x.shape[0])
         if len(outputs) > 1:
             for i, output in outputs.items():
@@ -221,6 +231,44 @@ def borrowed_forward(unet: nn.Module, other: nn.Module) -> Iterator[None]:
             unet.forward = previous
 
 
+@contextmanager
+def told_levels(sampler: Any, session: FusionSession) -> Iterator[None]:
+    """Tells the session the pass's noise levels, which the host hands to its sampling function and to nobody else.
+
+    For FreeU's schedule. Counters would not do: with second-order samplers, hires fix or adaptive steps they count
+    something else than steps.
+    """
+    if session.freeu is None:
+        yield
+        return
+    function = sampler.func
+
+    def func(*args: Any, **kwargs: Any) -> Any:
+        session.begin(levels_of(kwargs, sampler.model_wrap_cfg.steps))
+        return function(*args, **kwargs)
+
+    sampler.func = func
+    try:
+        yield
+    finally:
+        sampler.func = function
+
+
+def levels_of(arguments: Mapping[str, Any], steps: int) -> list[float]:
+    """The noise levels of a pass, from the arguments of the host's sampling function: its sigmas, or its timesteps.
+
+    Those are ascending, and the last one is where the pass ends. Where there is neither, as for DPM fast and adaptive,
+    it goes from one sigma to another in steps that are even in the logarithm.
+    """
+    sigmas = arguments.get("sigmas", arguments.get("sigma_sched"))
+    if sigmas is not None:
+        return sigmas.tolist()
+    if "timesteps" in arguments:
+        return arguments["timesteps"].flip(0).tolist()
+    first, last = (math.log(float(arguments[f"sigma_{end}"])) for end in ("max", "min"))
+    return [math.exp(first + (last - first) * i / steps) for i in range(steps + 1)]
+
+
 def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample: Callable[[], Any]) -> tuple[Any, dict]:
     """Runs a sampler's launch with the experts on; returns its samples and the record of the pass.
 
@@ -232,9 +280,10 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
     except FusionError as error:
         raise RequestRefusedError(str(error)) from error
     runtime.current = fusion
-    fusion.attach()
     try:
-        samples = sample()
+        fusion.attach()
+        with told_levels(sampler, fusion.session):
+            samples = sample()
         if fusion.error is not None:
             raise fusion.error
     except FusionError as error:

@@ -110,4 +110,6 @@ def _tell(p: Any, job: Job, record: dict) -> None:
     p.extra_generation_params["Fusion U-Net calls"] = told
     p.extra_generation_params["Fusion seconds"] = f"{job.seconds:.2f}"
     if record["refined"]:
-        p.comment("Denoiser Fusion: the experts were off after the refiner took over.")
+        p.comment("Denoiser Fusion was off after the refiner took over.")
+    if job.settings.freeu != "Off" and any(key.lower().startswith("freeu") for key in p.extra_generation_params):
+        p.comment("Denoiser Fusion: another FreeU was on as well; both have acted, one after the other.")
