@@ -83,15 +83,14 @@ def bench_ours(unet: nn.Module, stages: dict[int, Stage], inputs: tuple, pairs: 
     decoder = read_layout(unet).decoder
     records = {}
     for version in (1, 2):
-        clock, hooks = Clock(), []
+        clock, hooks, freeu = Clock(), [], FreeU(stages, version)  # as in a pass: one for all of its steps
+        freeu.strength = 1.0
+        freeu.edit_ = clock.timed(freeu.edit_)
 
-        def switch(active: bool, version: int = version, clock: Clock = clock, hooks: list = hooks) -> None:
+        def switch(active: bool, hooks: list = hooks, freeu: FreeU = freeu) -> None:
             while hooks:
                 hooks.pop().remove()
             if active:
-                freeu = FreeU(stages, version)
-                freeu.strength = 1.0
-                freeu.edit_ = clock.timed(freeu.edit_)
                 hooks.append(attach_freeu(decoder, freeu))
 
         records[f"ours, version {version}"] = measure(lambda: unet(*inputs), switch, clock, pairs)

@@ -354,7 +354,8 @@ class FusionSettings(_Rows):
         rows = read_rows(PARAMETERS, rest)
         for row in FREEU_CUSTOM:
             if rows["freeu"] != "Custom" and rows[row.key] != row.default:
-                raise SettingError(row.key, rows[row.key], f"allowed with freeu {rows['freeu']}: {row.default:g}")
+                told = f"allowed with freeu {rows['freeu']}: {row.default:g}; Custom takes others"
+                raise SettingError(row.key, rows[row.key], told)
         return cls(experts=tuple(read), **rows)
 
     def to_dict(self) -> dict[str, Any]:

@@ -48,8 +48,10 @@ class Stage:
 
     def at(self, strength: float) -> Stage:
         """The stage with its factors drawn towards 1: 0 is neutral, 1 the stage itself."""
+        if strength == 1:
+            return self
         factors = {name: 1 + strength * (getattr(self, name) - 1) for name in ("backbone", "skip", "high")}
-        return self if strength == 1 else replace(self, **factors)
+        return replace(self, **factors)
 
 
 class FreeU:
