@@ -113,7 +113,7 @@ class Engine:
             "unet_rows": rows,
         }
         if skipped:
-            record["skipping"] = join_records(skipped)
+            record["skips"] = join_records(skipped)
         return Run(pictures, record)
 
     def check(self, fusion: FusionSettings, fixed_mask: torch.Tensor | None = None) -> None:
