@@ -141,6 +141,24 @@ def test_presets_and_memory(page: Any, client: Client, host: Host, names: Names)
     page.wait_for_function(f"document.querySelector('{panel}_memory').innerText == 'No expert is loaded.'")
 
 
+def test_compare(page: Any, client: Client, names: Names) -> None:
+    prepare(page)
+    enable(page, names.expert)
+    panel = PANEL.format(tab="txt2img")
+    info = page.locator("#html_info_txt2img").first
+    page.locator(f"{panel}_compare_button").click()
+    shown = "new Set([...document.querySelectorAll('#txt2img_gallery img')].map(image => image.src)).size"
+    page.wait_for_function(f"{shown} == 2")
+    page.wait_for_function("document.querySelector('#html_info_txt2img').innerText.includes('Fusion method: SNB')")
+    before = info.inner_text()
+    assert not page.locator(f"{panel}_compare input").is_checked()
+    page.locator("#txt2img_seed input").fill("2")
+    generate(page)
+    assert info.inner_text() != before
+    page.wait_for_function(f"{shown} == 1")
+    page.screenshot(path="/tmp/cmp1.png")
+
+
 def test_reload(page: Any, client: Client, host: Host, names: Names) -> None:
     page.evaluate("document.querySelector('#settings_restart_gradio').click()")
     host.wait()
