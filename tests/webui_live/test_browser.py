@@ -13,6 +13,7 @@ import pytest
 from tests.webui_live.client import Client
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import Host
+from tests.webui_live.test_lifecycle import reload_ui
 
 SECONDS = 1000
 PANEL = "#script_{tab}_denoiser_fusion"
@@ -187,8 +188,27 @@ def take_screenshot(browser: Any, host: Host, names: Names, theme: str) -> None:
     page.wait_for_timeout(SECONDS)
     if theme == "dark":
         page.locator(f"{PANEL.format(tab='txt2img')}_tabs button", has_text="Blend").click()
+    shoot(page, host, theme)
+    page.close()
+
+
+def shoot(page: Any, host: Host, name: str) -> None:
     page.locator(f"{PANEL.format(tab='txt2img')}_enable").scroll_into_view_if_needed()
     folder = Path(__file__).parents[2] / "docs" if os.environ.get("SCREENSHOTS") else host.data
     folder.mkdir(exist_ok=True)
-    page.screenshot(path=folder / f"webui-{theme}.png")
-    page.close()
+    page.screenshot(path=folder / f"webui-{name}.png")
+
+
+def test_in_chinese(browser: Any, client: Client, host: Host, names: Names) -> None:
+    with client.settings({"localization": "zh_CN"}):
+        reload_ui(client, host)
+        page = open_page(browser, host, "light")
+        prepare(page)
+        enable(page, names.expert)
+        panel = PANEL.format(tab="txt2img")
+        page.locator(f"{panel}_tabs button", has_text="混合方式").click()
+        assert "掩码" in page.locator(f"{panel}_snb_hold").inner_text()
+        assert f"SNB: {names.expert}" in page.locator(f"{panel}_enable .label-wrap").first.inner_text()
+        shoot(page, host, "zh")
+        page.close()
+    reload_ui(client, host)
