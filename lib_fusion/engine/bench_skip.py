@@ -32,7 +32,7 @@ SAMPLERS = ("DDIM", "Euler Karras", "DPM++ 2M Karras")
 STEPS = (50, 30, 20)
 GUIDANCE = (7.0, 4.0)
 #: Lengths at which fewer steps are measured, for all of STEPS; between them PSNR is interpolated.
-LENGTHS = (12, 14, 16, 18, 20, 22, 25, 28, 30, 33, 38)
+LENGTHS = (11, 12, 14, 16, 18, 20, 22, 25, 28, 30, 33, 38)
 #: Policies by name. The presets and the paper's are measured in every cell, the others at the first guidance scale.
 POLICIES: dict[str, dict[str, Any]] = {
     **{name: {"skipping": "Forecast", **values} for name, values in SKIP_PRESETS.items()},
@@ -84,6 +84,7 @@ class Bench:
 
     def __init__(self, out: Path, count: int) -> None:
         self.out, self.engines = out, {}
+        self._compared: dict[tuple[str, str], dict[str, Any]] = {}
         lines = (FOLDER / "images/metadata.jsonl").read_text("utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines]
         step = max(1, len(texts) // count)  # odd, so that both styles come
@@ -100,6 +101,25 @@ class Bench:
             partial.replace(path)
         stored = np.load(path)
         return Result(stored["pictures"], float(stored["rows"]), float(stored["seconds"]))
+
+    def compare(self, job: Job, reference: Job) -> dict[str, Any]:
+        """A line of the table: what a run has cost and how far its pictures are from the reference's."""
+        key = (job.name, reference.name)
+        if key in self._compared:
+            return self._compared[key]
+        result, full = self.run(job), self.run(reference)
+        dbs, similar = psnr(result.pictures, full.pictures), ssim(result.pictures, full.pictures)
+        self._compared[key] = {
+            "models": "+".join(job.pair or ("general",)), "sampler": job.sampler, "steps": reference.steps,
+            "guidance": job.guidance,
+            "method": job.method if job.method != "unskipped" else f"fewer steps: {job.steps}",
+            "rows": round(result.rows * job.steps / reference.steps, 4),
+            "seconds": round(result.seconds, 2), "unskipped_seconds": round(full.seconds, 2),
+            "psnr_mean": round(dbs.mean(), 2), "psnr_median": round(float(np.median(dbs)), 2),
+            "psnr_worst": round(dbs.min(), 2), "ssim_mean": round(similar.mean(), 4),
+            "ssim_median": round(float(np.median(similar)), 4), "ssim_worst": round(similar.min(), 4),
+        }  # fmt: skip
+        return self._compared[key]
 
     def _run(self, job: Job) -> Result:
         engine = self._engine(job)
@@ -166,20 +186,8 @@ def measure(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         own = [job.steps] if job.method != "unskipped" else [n for n in STEPS if n > job.steps]
         for steps in own:
             reference = Job("unskipped", job.sampler, steps, job.guidance, pair=job.pair)
-            files = [bench.out / "runs" / f"{j.name}.npz" for j in (job, reference)]
-            if not all(path.exists() for path in files):
-                continue
-            result, full = bench.run(job), bench.run(reference)
-            dbs, similar = psnr(result.pictures, full.pictures), ssim(result.pictures, full.pictures)
-            method = job.method if job.method != "unskipped" else f"fewer steps: {job.steps}"
-            lines.append({
-                "models": "+".join(job.pair or ("general",)), "sampler": job.sampler, "steps": steps,
-                "guidance": job.guidance, "method": method, "rows": round(result.rows * job.steps / steps, 4),
-                "seconds": round(result.seconds, 2), "unskipped_seconds": round(full.seconds, 2),
-                "psnr_mean": round(dbs.mean(), 2), "psnr_median": round(float(np.median(dbs)), 2),
-                "psnr_worst": round(dbs.min(), 2), "ssim_mean": round(similar.mean(), 4),
-                "ssim_median": round(float(np.median(similar)), 4), "ssim_worst": round(similar.min(), 4),
-            })  # fmt: skip
+            if all((bench.out / "runs" / f"{j.name}.npz").exists() for j in (job, reference)):
+                lines.append(dict(bench.compare(job, reference)))
     for line in lines:
         line["over_fewer"] = over_fewer(line, lines)
     return lines
