@@ -59,6 +59,14 @@ def build_parser() -> OneLineParser:
     add_rows(generate, PARAMETERS)
     _add_machine(generate)
 
+    convert = commands.add_parser("convert-afa", help="AFA aggregators of the official code -> an aggregator file")
+    convert.add_argument("--source", required=True, metavar="PATH",
+                         help="the folder with aggregator_0 and so on, or one .safetensors of them all")
+    convert.add_argument("--model", action="append", required=True, metavar="FILE",
+                         help="a checkpoint of the ensemble; repeated, in its order")
+    convert.add_argument("--heads", type=int, help="attention heads, where no config.json tells them (default: 8)")
+    convert.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write")
+
     demo = commands.add_parser("demo", help="fuse the demo's checkpoints and write a contact sheet")
     demo.add_argument("--out", default="outputs/demo.png", metavar="FILE", help="the sheet (default: outputs/demo.png)")
     demo.add_argument("--steps", default="50", metavar="VALUE", help="denoising steps (default 50)")
@@ -159,6 +167,17 @@ def free_path(folder: Path, name: str) -> Path:
     return path
 
 
+def run_convert(args: argparse.Namespace) -> int:
+    from lib_fusion.aggregators import convert_official, save_aggregators
+
+    if Path(args.out).suffix != ".safetensors":
+        raise SettingError("out", args.out, "allowed: a name that ends in .safetensors")
+    card, tensors = convert_official(args.source, args.model, args.heads)
+    save_aggregators(args.out, card, tensors)
+    print(f"{args.out}: {card.describe()}")
+    return 0
+
+
 def run_demo(args: argparse.Namespace) -> int:
     generation = GenerationSettings.from_dict({"prompts": ["demo"], "steps": args.steps, "seed": args.seed})
     dtype, device = read_machine(args)
@@ -180,7 +199,7 @@ def run_demo(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        return {"generate": run_generate, "demo": run_demo}[args.command](args)
+        return {"generate": run_generate, "demo": run_demo, "convert-afa": run_convert}[args.command](args)
     except FusionError as error:
         print(f"lib_fusion {args.command}: {error}", file=sys.stderr)
         return 2

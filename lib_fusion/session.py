@@ -65,6 +65,10 @@ class FusionSession:
             return (BASE, 1)
         return tuple(range(self.num_models))
 
+    def in_lockstep(self, timestep: float) -> bool:
+        """Whether the models of ``models_at`` make one prediction together (AFA): the base's, under its hooks."""
+        return self.settings.method == "AFA" and len(self.models_at(timestep)) > 1
+
     def count(self, model: int, rows: int) -> None:
         """Notes one U-Net call of ``rows`` batch rows."""
         self.calls[model] += 1

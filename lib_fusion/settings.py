@@ -141,8 +141,9 @@ EXPERT_PARAMETERS: tuple[Parameter, ...] = (
 PARAMETERS: tuple[Parameter, ...] = (
     Parameter("method", "choice", "SNB", "method",
               "SNB: each position from the most salient model. Average: the mean of all models' noises. "
+              "AFA: features of all models, aggregated block by block with trained attention maps. "
               "Mask: the first expert where a given picture is white.",
-              choices=("SNB", "Average", "Mask")),
+              choices=("SNB", "Average", "AFA", "Mask")),
     Parameter("snb_window", "window", (1000.0, 0.0), "window",
               "Timesteps in which the models are fused, from START down to END (1000 is pure noise, 0 the picture).",
               low=0, high=TIMESTEPS),
@@ -169,6 +170,19 @@ ENABLED = Parameter("enabled", "bool", True, "enabled", "Whether anything is don
 
 #: How many experts the panel and the API take.
 MAX_EXPERTS = 3
+
+#: Rows of AFA; the window, what runs outside it, and the passes are SNB's.
+AFA_PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("afa_aggregator", "text", "", "aggregator",
+              "The file of trained aggregators; it says which models it is for, the base first."),
+    Parameter("afa_maps", "choice", "trained", "AFA maps",
+              "trained: the aggregator file's. uniform: the plain mean of all features, no training in it. "
+              "only base, only expert 1 ..: one model alone in AFA's pipeline, for comparison.",
+              choices=("trained", "uniform", "only base", *(f"only expert {i + 1}" for i in range(MAX_EXPERTS)))),
+    Parameter("afa_force", "bool", False, "force aggregator",
+              "Use the aggregator with other checkpoints than those it was trained for."),
+)  # fmt: skip
+PARAMETERS += AFA_PARAMETERS
 
 
 #: Rows of a generation with the embedded engine; in the WebUI they are the host's own.
@@ -249,6 +263,9 @@ class FusionSettings:
     snb_saliency: str = "own"
     snb_hold: float = 0.0
     passes: str = "both"
+    afa_aggregator: str = ""
+    afa_maps: str = "trained"
+    afa_force: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FusionSettings:
@@ -265,6 +282,11 @@ class FusionSettings:
             read.append(ExpertSettings(**read_rows(EXPERT_PARAMETERS, expert, f"experts[{i}].")))
         rest = {key: value for key, value in values.items() if key != "experts"}
         return cls(experts=tuple(read), **read_rows(PARAMETERS, rest))
+
+    @property
+    def needs_aggregator(self) -> bool:
+        """Whether a file of trained aggregators has to be there."""
+        return self.method == "AFA" and self.afa_maps == "trained"
 
     def to_dict(self) -> dict[str, Any]:
         """The values as JSON, as ``from_dict`` takes them."""

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
+from lib_fusion.aggregators import load_for, model_of
 from lib_fusion.checkpoint import Checkpoint
 from lib_fusion.engine.loader import VAE_SCALE, DiffusionModel, check_checkpoint, load_model
 from lib_fusion.engine.samplers import make_scheduler
 from lib_fusion.errors import CheckpointError, SettingError
+from lib_fusion.methods import afa
 from lib_fusion.session import FusionSession, MaskRecord
 from lib_fusion.settings import FusionSettings, GenerationSettings
+from lib_fusion.unet.lockstep import Lockstep, mean_context
 
 
 @dataclass
@@ -66,6 +71,7 @@ class Engine:
                 loaded[file.path.resolve()] = load_model(file, dtype, device, with_vae=i == 0)
         self.models = [loaded[file.path.resolve()] for file in files]
         self.vae = self.models[0].vae
+        self._aggregators: tuple[tuple | None, nn.ModuleList | None] = (None, None)
 
     @torch.no_grad()
     def generate(
@@ -114,12 +120,45 @@ class Engine:
             raise SettingError("method", "Mask", "it needs an expert and a mask picture")
         if fusion.snb_outside == "expert" and not fusion.experts:
             raise SettingError("snb_outside", "expert", "allowed without an expert: base")
+        self._check_afa(fusion)
         width = self.models[0].text.model.config.hidden_size
         for i, expert in enumerate(fusion.experts):
             needs = self.models[i + 1].unet.context_dim
             if expert.text_encoder == "base" and needs != width:
                 allowed = f"allowed: own, since the base's text states are {width} wide and this expert needs {needs}"
                 raise SettingError(f"experts[{i}].text_encoder", "base", allowed)
+
+    def _check_afa(self, fusion: FusionSettings) -> None:
+        """Loads the aggregators where they are asked for and not loaded yet; raises SettingError or CheckpointError."""
+        if fusion.method != "AFA":
+            return
+        if not fusion.experts:
+            raise SettingError("method", "AFA", "it needs an expert")
+        models = self.models[: 1 + len(fusion.experts)]
+        predictions = [model.unet.prediction for model in models]
+        if len(set(predictions)) > 1:
+            raise SettingError("method", "AFA", f"its models must predict the same, these predict {predictions}")
+        if not fusion.needs_aggregator:
+            if afa_model(fusion) >= len(models):
+                raise SettingError("afa_maps", fusion.afa_maps, f"allowed: one of the {len(models)} models")
+        elif not fusion.afa_aggregator:
+            raise SettingError("afa_aggregator", "", "allowed: a file of trained aggregators; maps uniform need none")
+        elif self._aggregators[0] != (key := (fusion.afa_aggregator, fusion.afa_force, len(models))):
+            identities = [model_of(model.path) for model in models]
+            unet = models[0].unet
+            loaded = load_for(fusion.afa_aggregator, unet, identities, predictions, fusion.afa_force,
+                              unet.dtype, self.device)  # fmt: skip
+            self._aggregators = (key, loaded)
+
+    def make_lockstep(self, fusion: FusionSettings) -> Lockstep:
+        """The models in lockstep, with trained aggregators or a control, as the (checked) settings say."""
+        models = self.models[: 1 + len(fusion.experts)]
+        aggregators = self._aggregators[1]
+        if fusion.afa_maps == "uniform":
+            aggregators = afa.uniform(len(models)).to(self.device)
+        elif not fusion.needs_aggregator:
+            aggregators = afa.one_hot(len(models), afa_model(fusion)).to(self.device)
+        return Lockstep(models[0].unet, [model.unet for model in models[1:]], aggregators)
 
     def denoise(
         self, jobs: Sequence[tuple[str, int]], generation: GenerationSettings, session: FusionSession,
@@ -132,16 +171,26 @@ class Engine:
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for _, seed in jobs]
         x = torch.cat(noise).to(self.device) * scheduler.init_noise_sigma
         alphas = scheduler.alphas_cumprod.to(self.device)
-        for t in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(x, t)
-            cond, uncond = {}, {}
-            for i in session.models_at(float(t)):
-                cond[i], uncond[i] = self._predict(self.models[i], told[i], scaled, t, alphas)
-                session.count(i, 2 * len(x))
-            c, u = session.fuse(float(t), cond, uncond, generation.cfg_scale)
-            x = scheduler.step(u + generation.cfg_scale * (c - u), t, x).prev_sample
-            if bar is not None:
-                bar.update()
+        self._check_afa(session.settings)
+        lockstep = self.make_lockstep(session.settings) if session.settings.method == "AFA" else None
+        with lockstep.attached() if lockstep else nullcontext():
+            for t in scheduler.timesteps:
+                scaled = scheduler.scale_model_input(x, t)
+                cond, uncond = {}, {}
+                models = session.models_at(float(t))
+                for i in models:
+                    session.count(i, 2 * len(x))
+                if session.in_lockstep(float(t)):
+                    contexts = [torch.cat([told[i].cond, told[i].uncond]) for i in models]
+                    with lockstep.running(contexts[1:], mean_context(contexts)):
+                        cond[0], uncond[0] = self._predict(self.models[0], told[0], scaled, t, alphas)
+                else:
+                    for i in models:
+                        cond[i], uncond[i] = self._predict(self.models[i], told[i], scaled, t, alphas)
+                c, u = session.fuse(float(t), cond, uncond, generation.cfg_scale)
+                x = scheduler.step(u + generation.cfg_scale * (c - u), t, x).prev_sample
+                if bar is not None:
+                    bar.update()
         return x
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
@@ -204,6 +253,12 @@ def _alpha_at(t: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
 
 def _mask_of(record: MaskRecord, picture: int) -> tuple[float, torch.Tensor]:
     return record.timestep, record.winner[picture, 0]
+
+
+def afa_model(fusion: FusionSettings) -> int:
+    """The model that AFA's maps leave alone: 0 the base, 1 the first expert; 0 where they leave all."""
+    last = fusion.afa_maps.rpartition(" ")[2]
+    return int(last) if last.isdigit() else 0
 
 
 def single(fusion: FusionSettings, model: int) -> FusionSettings:

@@ -87,6 +87,15 @@ class Lockstep:
         self._forget()
 
     @contextmanager
+    def attached(self) -> Iterator[None]:
+        """The hooks are on within."""
+        self.attach()
+        try:
+            yield
+        finally:
+            self.detach()
+
+    @contextmanager
     def running(
         self, contexts: Sequence[torch.Tensor], mean_context: torch.Tensor,
         vectors: Sequence[torch.Tensor | None] | None = None,

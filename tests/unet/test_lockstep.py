@@ -254,7 +254,7 @@ def test_gradients_reach_the_aggregators_alone():
     unets = models("sd1", 2)
     aggregators = sizes_for(unets[0], 2, hidden=16, layers=1, heads=2).make()
     randomize(aggregators)
-    inputs, contexts, vectors = told("sd1", 2)
+    inputs, contexts, vectors = random_inputs(SMALL["sd1"], 16, 16), [random_inputs(SMALL["sd1"], seed=5)[2]], [None]
     lockstep = Lockstep(unets[0], unets[1:], aggregators)
     lockstep.attach()
     with lockstep.running(contexts, mean_context([inputs[2], *contexts]), vectors):
