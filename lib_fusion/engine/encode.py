@@ -1,0 +1,34 @@
+"""The engine's VAE and text encoders, for caching a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lib_fusion.aggregators import model_of
+from lib_fusion.engine.loader import VAE_SCALE, check_checkpoint, load_text, load_vae
+
+
+class EngineEncoders:
+    """Pictures by the VAE of ``vae`` (default: the first model's), captions by each model's own text encoder."""
+
+    def __init__(
+        self, checkpoints: Sequence[str | Path], vae: str | Path | None = None, device: str | torch.device = "cpu"
+    ) -> None:
+        files = [check_checkpoint(path) for path in checkpoints]
+        source = check_checkpoint(vae) if vae else files[0]
+        self.models = [model_of(path) for path in checkpoints]
+        self.device = torch.device(device)
+        self.vae = load_vae(source, device)
+        self.texts = [load_text(file, torch.float32, device) for file in files]
+
+    @torch.no_grad()
+    def encode_picture(self, picture: torch.Tensor) -> torch.Tensor:
+        """(3,H,W) in -1..1 -> latent (4,H/8,W/8): the VAE's mode, since its spread is next to nothing."""
+        return self.vae.encode(picture[None].to(self.device)).latent_dist.mode()[0] * VAE_SCALE
+
+    def encode_texts(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Each model's states (B,77,D)."""
+        return [text(list(texts)) for text in self.texts]
