@@ -152,22 +152,23 @@ def save_aggregators(
 
 def model_of(path: str | Path) -> Model:
     """A checkpoint file's name and the hash of its U-Net; raises CheckpointError."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    return Model(path.stem, _unet_hash(path.resolve(), path.stat().st_mtime_ns))
-
-
-@lru_cache(maxsize=32)
-def _unet_hash(path: Path, _changed: int) -> str:
-    """SHA-256 over the U-Net's tensors in float16, so that a file and its pruned half-precision copy are one model."""
     file = Checkpoint.open(path)
-    prefix = file.unet_prefix
+    return Model(file.path.stem, part_hash(file, file.unet_prefix))
+
+
+def part_hash(file: Checkpoint, prefix: str) -> str:
+    """SHA-256 over the tensors whose names start so, in float16: a file and its half-precision copy are one model."""
+    return _part_hash(file.path.resolve(), file.path.stat().st_mtime_ns, prefix)
+
+
+@lru_cache(maxsize=64)
+def _part_hash(path: Path, _changed: int, prefix: str) -> str:
     digest = hashlib.sha256()
     with safe_open(path, framework="pt") as opened:
-        for key in sorted(file.unet_shapes):
-            digest.update(f"{key}{file.unet_shapes[key]}".encode())
-            digest.update(opened.get_tensor(prefix + key).to(torch.float16).numpy().tobytes())
+        for key in sorted(key for key in opened.keys() if key.startswith(prefix)):  # noqa: SIM118
+            value = opened.get_tensor(key)
+            digest.update(f"{key.removeprefix(prefix)}{tuple(value.shape)}".encode())
+            digest.update(value.to(torch.float16).numpy().tobytes())
     return digest.hexdigest()[:HASH_DIGITS]
 
 

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lib_fusion.aggregators import model_of
+from lib_fusion.aggregators import part_hash
+from lib_fusion.checkpoint import TEXT_PREFIX, VAE_PREFIX, Checkpoint
 from lib_fusion.engine.loader import VAE_SCALE, check_checkpoint, load_text, load_vae
+
+
+def encoder_identity(files: Sequence[Checkpoint], vae: Checkpoint) -> dict[str, Any]:
+    """What a cache depends on; U-Nets may be trained further and still use it."""
+    return {
+        "models": [file.path.stem for file in files],
+        "texts": [part_hash(file, TEXT_PREFIX) for file in files],
+        "vae": part_hash(vae, VAE_PREFIX),
+    }
 
 
 class EngineEncoders:
@@ -19,7 +30,7 @@ class EngineEncoders:
     ) -> None:
         files = [check_checkpoint(path) for path in checkpoints]
         source = check_checkpoint(vae) if vae else files[0]
-        self.models = [model_of(path) for path in checkpoints]
+        self.identity = encoder_identity(files, source)
         self.device = torch.device(device)
         self.vae = load_vae(source, device)
         self.texts = [load_text(file, torch.float32, device) for file in files]

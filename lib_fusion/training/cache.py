@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib_fusion.aggregators import Model
 from lib_fusion.errors import FusionError
 from lib_fusion.training.pictures import Captioned, PictureError, read_pictures, to_tensor
 
@@ -29,7 +28,7 @@ INDEX, EMPTY = "index.json", "empty.safetensors"
 class Encoders(Protocol):
     """What turns pictures and captions into what U-Nets are given: the engine's classes, or the WebUI's."""
 
-    models: Sequence[Model]
+    identity: Mapping[str, Any]  # {"models": their names, "texts": and "vae": what tells the encoders from others}
 
     def encode_picture(self, picture: torch.Tensor) -> torch.Tensor:
         """(3,H,W) in -1..1 -> latent (C,H/8,W/8), scaled as the U-Nets expect it."""
@@ -65,8 +64,7 @@ def write_cache(
     tell: Callable[[str], None] = lambda _: None,
 ) -> Report:  # fmt: skip
     """Encodes what is not yet in ``folder``; raises FusionError where that is something else, or the disk is full."""
-    index = {"format": FORMAT, "source": source.name, "resolution": resolution,
-             "models": [asdict(model) for model in encoders.models]}  # fmt: skip
+    index = {"format": FORMAT, "source": source.name, "resolution": resolution, **encoders.identity}
     pictures = read_pictures(source)
     folder.mkdir(parents=True, exist_ok=True)
     _check_index(folder, index)
@@ -166,12 +164,12 @@ class Cache:
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         self.index = read_index(folder)
-        self.models = tuple(Model(**model) for model in self.index["models"])
+        self.num_models = len(self.index["texts"])
         self.entries = list_entries(folder)
         if not self.entries:
             raise FusionError(f"{folder}: a cache without pictures")
         with safe_open(folder / EMPTY, framework="pt") as file:
-            self.empty = [file.get_tensor(f"text.{m}").float() for m in range(len(self.models))]
+            self.empty = [file.get_tensor(f"text.{m}").float() for m in range(self.num_models)]
         self._open: dict[Path, Any] = {}
 
     def read(self, entry: Entry) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -180,10 +178,10 @@ class Cache:
             self._open[entry.shard] = safe_open(entry.shard, framework="pt")
         file = self._open[entry.shard]
         latent = file.get_tensor(f"{entry.index}.latent").float()
-        names = {f"{entry.index}.text.{m}" for m in range(len(self.models))} & set(file.keys())
+        names = {f"{entry.index}.text.{m}" for m in range(self.num_models)} & set(file.keys())
         first = file.get_tensor(f"{entry.index}.text.0").float()
         texts = [file.get_tensor(name).float() if (name := f"{entry.index}.text.{m}") in names else first
-                 for m in range(len(self.models))]  # fmt: skip
+                 for m in range(self.num_models)]  # fmt: skip
         return latent, texts
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lib_fusion.aggregators import Model, model_of
+from lib_fusion.aggregators import part_hash
+from lib_fusion.checkpoint import TEXT_PREFIX, Checkpoint
 from lib_fusion.errors import FusionError
+from lib_fusion.training.cache import Cache
 from lib_fusion.unet.layout import read_layout
 from lib_fusion.unet.lockstep import Lockstep, mean_context
 from lib_fusion.unet.model import UNet, load_unet
@@ -47,16 +49,15 @@ class Ensemble(nn.Module):
 
 
 def load_models(
-    paths: Sequence[str | Path], wanted: Sequence[Model], dtype: torch.dtype, device: torch.device
+    paths: Sequence[str | Path], cache: Cache, dtype: torch.dtype, device: torch.device
 ) -> list[UNet]:
-    """The frozen U-Nets of checkpoints that a cache was made for, in its order; raises FusionError."""
-    found = [model_of(path) for path in paths]
-    if [model.unet for model in found] != [model.unet for model in wanted]:
-        raise FusionError(
-            f"the cache was made for {', '.join(m.name for m in wanted)}, "
-            f"not for {', '.join(m.name for m in found)} in this order"
-        )
-    if len(found) < 2:
+    """The frozen U-Nets of checkpoints whose text encoders made a cache, in its order; raises FusionError."""
+    texts = [part_hash(Checkpoint.open(path), TEXT_PREFIX) for path in paths]
+    if texts != cache.index["texts"]:
+        names = ", ".join(Path(path).stem for path in paths)
+        made_for = ", ".join(cache.index["models"])
+        raise FusionError(f"the cache was made with the text encoders of {made_for}, not with those of {names}")
+    if len(paths) < 2:
         raise FusionError("an ensemble needs at least two models")
     unets = [load_unet(path, dtype=dtype, device=device) for path in paths]
     if len({unet.prediction for unet in unets}) > 1:

@@ -87,7 +87,7 @@ def evaluate(
     """Measures on the cache in ``folder``. Without ``captions`` the models get the empty one. Raises FusionError."""
     cache = Cache(folder)
     device = torch.device(device)
-    unets = load_models(checkpoints, cache.models, torch.float32, device)
+    unets = load_models(checkpoints, cache, torch.float32, device)
     models = [model_of(path) for path in checkpoints]
     trained = load_for(aggregator, unets[0], models, [unet.prediction for unet in unets], device=device)
     names = [model.name for model in models]

@@ -22,7 +22,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib_fusion.aggregators import Card, save_aggregators
+from lib_fusion.aggregators import Card, Model, model_of, save_aggregators
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.training.cache import Cache
 from lib_fusion.training.ensemble import TIMESTEPS, Ensemble, add_noise, alphas_cumprod, load_models
@@ -81,11 +81,12 @@ def train(
             raise SettingError("batch_size", s.batch_size, allowed)
         cache = Cache(folder)
         dtype = getattr(torch, s.precision)
-        unets = load_models(checkpoints, cache.models, dtype, device)
+        unets = load_models(checkpoints, cache, dtype, device)
+        models = tuple(model_of(path) for path in checkpoints)
         torch.manual_seed(s.seed)
         sizes = sizes_for(unets[0], len(unets), s.hidden, s.layers, s.heads)
         aggregators = sizes.make().to(device)
-        run = Run(out.with_suffix(".run"), cache, s, aggregators, device, rank)
+        run = Run(out.with_suffix(".run"), models, len(cache.entries), s, aggregators, device, rank)
         ensemble = Ensemble(unets, aggregators)
         if s.checkpointing:
             ensemble.recompute_activations()
@@ -93,7 +94,7 @@ def train(
         losses = _loop(module, unets[0].prediction, Batches(cache, s), run, rank, world, tell)
         data = {"data": cache.index["source"], "pictures": len(cache.entries)}
         loss = {"loss": round(sum(losses[-WINDOW:]) / len(losses[-WINDOW:]), 6)}
-        card = Card(unets[0].kind, unets[0].prediction, sizes, cache.models, {**data, **asdict(s), **loss})
+        card = Card(unets[0].kind, unets[0].prediction, sizes, models, {**data, **asdict(s), **loss})
         if rank == 0:
             save_aggregators(out, card, run.ema or aggregators.state_dict())
     return card
@@ -130,8 +131,8 @@ class Run:
     """What a run keeps on disk: its state, from which it resumes exactly, and its log."""
 
     def __init__(
-        self, folder: Path, cache: Cache, settings: TrainingSettings, aggregators: nn.Module, device: torch.device,
-        rank: int,
+        self, folder: Path, models: Sequence[Model], pictures: int, settings: TrainingSettings, aggregators: nn.Module,
+        device: torch.device, rank: int,
     ) -> None:  # fmt: skip
         self.folder, self.settings, self.aggregators, self.rank = folder, settings, aggregators, rank
         self.optimizer = torch.optim.AdamW(
@@ -140,8 +141,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
         self.ema = {k: v.detach().clone() for k, v in aggregators.state_dict().items()} if settings.ema else None
         self.step, self.seconds = 0, 0.0
-        self.identity = {"settings": asdict(settings), "models": [asdict(model) for model in cache.models],
-                         "pictures": len(cache.entries)}  # fmt: skip
+        self.identity = {"settings": asdict(settings), "models": [asdict(model) for model in models],
+                         "pictures": pictures}  # fmt: skip
         self.losses: list[float] = []
         self._resume()
         if rank == 0:
