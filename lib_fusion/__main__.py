@@ -77,6 +77,7 @@ def build_parser() -> OneLineParser:
     add_rows(cache, CACHE_PARAMETERS)
     train = commands.add_parser("train", help="train aggregators on a cache; goes on where it was stopped")
     train.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write; its state lies beside")
+    train.add_argument("--init", metavar="FILE", help="an aggregator file of the same sizes to begin with")
     add_rows(train, TRAINING_PARAMETERS)
     evaluate = commands.add_parser("evaluate", help="held-out loss of an aggregator and of everything it must beat")
     evaluate.add_argument("--aggregator", required=True, metavar="FILE")
@@ -209,11 +210,12 @@ def run_cache(args: argparse.Namespace) -> int:
 
 
 def run_train(args: argparse.Namespace) -> int:
-    from lib_fusion.training.train import teller, train
+    from lib_fusion.training.train import is_first_process, teller, train
 
     settings = TrainingSettings(**read_rows(TRAINING_PARAMETERS, given_rows(args, TRAINING_PARAMETERS)))
-    card = train(args.cache, args.model, args.out, settings, read_device(args.device), teller())
-    print(f"{args.out}: {card.describe()}")
+    card = train(args.cache, args.model, args.out, settings, read_device(args.device), teller(), args.init)
+    if is_first_process():
+        print(f"{args.out}: {card.describe()}")
     return 0
 
 

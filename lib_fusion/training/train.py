@@ -22,7 +22,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib_fusion.aggregators import Card, Model, model_of, save_aggregators
+from lib_fusion.aggregators import Card, Model, load_aggregators, model_of, save_aggregators
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.training.cache import Cache
 from lib_fusion.training.ensemble import TIMESTEPS, Ensemble, add_noise, alphas_cumprod, load_models
@@ -64,11 +64,12 @@ class Batches:
 
 def train(
     folder: str | Path, checkpoints: Sequence[str | Path], out: str | Path, settings: TrainingSettings,
-    device: str | torch.device = "cpu", tell: Callable[[str], None] = lambda _: None,
+    device: str | torch.device = "cpu", tell: Callable[[str], None] = lambda _: None, init: str | Path | None = None,
 ) -> Card:  # fmt: skip
     """Trains on the cache in ``folder`` and writes the aggregator file ``out``; beside it, ``out``.run is kept.
 
-    A run whose folder is there goes on where its last state was saved. Raises FusionError for anything that can't be.
+    ``init``: an aggregator file of the same sizes to begin with, also one of other models. A run whose folder is there
+    goes on where its last state was saved. Raises FusionError for anything that can't be.
     """
     s, out = settings, Path(out)
     if out.suffix != ".safetensors":
@@ -86,6 +87,11 @@ def train(
         torch.manual_seed(s.seed)
         sizes = sizes_for(unets[0], len(unets), s.hidden, s.layers, s.heads)
         aggregators = sizes.make().to(device)
+        if init is not None:
+            given, begin = load_aggregators(init, device=device)
+            if given.sizes != sizes:
+                raise FusionError(f"{init}: aggregators of other sizes ({given.describe()})")
+            aggregators.load_state_dict(begin.state_dict())
         run = Run(out.with_suffix(".run"), models, len(cache.entries), s, aggregators, device, rank)
         ensemble = Ensemble(unets, aggregators)
         if s.checkpointing:
@@ -93,6 +99,7 @@ def train(
         module = DistributedDataParallel(ensemble) if world > 1 else ensemble
         losses = _loop(module, unets[0].prediction, Batches(cache, s), run, rank, world, tell)
         data = {"data": cache.index["source"], "pictures": len(cache.entries)}
+        data |= {"init": Path(init).name} if init is not None else {}
         loss = {"loss": round(sum(losses[-WINDOW:]) / len(losses[-WINDOW:]), 6)}
         card = Card(unets[0].kind, unets[0].prediction, sizes, models, {**data, **asdict(s), **loss})
         if rank == 0:
@@ -299,8 +306,15 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or the one of several that writes and talks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def teller() -> Callable[[str], None]:
     """Progress for people: one line that is written over in a terminal, else a line now and then."""
+    if not is_first_process():
+        return lambda _: None
     if sys.stderr.isatty():
 
         def show(text: str) -> None:
