@@ -58,6 +58,7 @@ def build_parser() -> OneLineParser:
                               default=[], metavar="VALUE", help=f"{row.help} ({row.allowed})")
     generate.add_argument("--mask", metavar="FILE", help="for --method mask: a picture, white where the expert is used")
     generate.add_argument("--out", default="outputs", metavar="FOLDER", help="where pictures go (default: outputs)")
+    generate.add_argument("--previews", action="store_true", help="save beside each picture who drew what (SNB, mask)")
     add_rows(generate, GENERATION_PARAMETERS)
     add_rows(generate, PARAMETERS)
     _add_machine(generate)
@@ -152,16 +153,24 @@ def run_generate(args: argparse.Namespace) -> int:
     mask = read_mask(args.mask, fusion)
     from lib_fusion.engine.generate import Engine
     from lib_fusion.engine.loader import quiet_libraries
-    from lib_fusion.engine.pictures import infotext, save_png
+    from lib_fusion.engine.pictures import font, infotext, save_png
+    from lib_fusion.previews import mask_strip
 
     quiet_libraries()
     engine = Engine(args.base, args.expert, dtype=dtype, device=device)
-    run = engine.generate(generation, fusion, fixed_mask=mask, progress=sys.stderr.isatty())
+    run = engine.generate(
+        generation, fusion, fixed_mask=mask, keep_masks=args.previews, progress=sys.stderr.isatty()
+    )
+    names = [Path(file).stem for file in (args.base, *args.expert)]
     files = []
     for i, picture in enumerate(run.pictures):
         path = free_path(Path(args.out), f"{picture.seed:05d}-{i:03d}")
         save_png(picture.image, path, infotext(picture.prompt, picture.seed, generation, fusion, Path(args.base).stem))
         files.append(str(path))
+        if picture.masks:
+            path = path.with_name(f"{path.stem}-masks.png")
+            save_png(mask_strip(picture.image, picture.masks, names, font), path, "")
+            files.append(str(path))
     run.record["files"] = files
     if args.json:
         print(json.dumps(run.record))

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib_fusion.errors import SettingError
-from lib_fusion.settings import EXPERT_PARAMETERS, MAX_EXPERTS, PARAMETERS, FusionSettings, Parameter
+from lib_fusion.settings import (
+    EXPERT_PARAMETERS,
+    FREEU_PARAMETERS,
+    MAX_EXPERTS,
+    PARAMETERS,
+    FusionSettings,
+    Parameter,
+)
 
 #: The checkpoint of an expert that is not there.
 NO_CHECKPOINT = ("", "None")
@@ -23,14 +30,17 @@ class Field:
     expert: int | None = None
 
     @property
+    def name(self) -> str:
+        return self.row.label if self.expert is None else f"expert {self.expert + 1} {self.row.label}"
+
+    @property
     def label(self) -> str:
         """The control's label, a stable exact string: ui-config, localisation and script-info go by it."""
-        name = self.row.label if self.expert is None else f"expert {self.expert + 1} {self.row.label}"
-        return name[0].upper() + name[1:]
+        return self.name[0].upper() + self.name[1:]
 
     @property
     def infotext(self) -> str:
-        return f"Fusion {self.label[0].lower()}{self.label[1:]}"
+        return f"Fusion {self.name}"
 
     @property
     def element(self) -> str:
@@ -56,14 +66,14 @@ def panel_default(field: Field) -> Any:
 
 
 def write_infotext(settings: FusionSettings, names: Sequence[str]) -> dict[str, str]:
-    """Infotext entries: the method and each expert's checkpoint (``names``) always, the rest where not the default."""
+    """Infotext entries: with experts their checkpoints (``names``) and the method, the rest where not the default."""
     entries = {}
     for field in list_fields():
         if field.expert is not None and field.expert >= len(settings.experts):
             continue
         source = settings if field.expert is None else settings.experts[field.expert]
         value = names[field.expert] if field.row.key == "checkpoint" else getattr(source, field.row.key)
-        if value != field.row.default or field.row.key == "method":
+        if value != field.row.default or (field.row.key == "method" and settings.experts):
             entries[field.infotext] = _protect(field.row.show(value))
     return entries
 
@@ -89,7 +99,30 @@ def read_infotext(entries: Mapping[str, Any], field: Field) -> Any:
 
 def is_fused(entries: Mapping[str, Any]) -> bool:
     """Whether parsed infotext is that of a picture made with this extension on."""
-    return "Fusion method" in entries
+    return any(key in entries for key in infotext_keys())
+
+
+def adopt_freeu(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parsed infotext in which FreeU's entries by ljleb's sd-webui-freeu have become ours; without them, as it is.
+
+    Its stages are a JSON list of objects that hold what is not the default; its schedule is "start, stop, smooth",
+    where a whole number is a step.
+    """
+    try:
+        stages = json.loads(entries["FreeU Stages"])
+        start, stop, smooth = str(entries.get("FreeU Schedule", "0.0, 1.0, 0.0")).split(", ")[:3]
+        found = {"freeu": "Custom", "freeu_version": entries.get("FreeU Version", "1"), "freeu_smooth": smooth}
+        for key, value in (("freeu_start", start), ("freeu_stop", stop)):
+            is_step = value.isdecimal() and int(value) <= 1
+            found[key] = float(value) / float(entries["Steps"]) if is_step else value
+        names = {"backbone_factor": "b", "skip_factor": "s", "backbone_offset": "offset", "backbone_width": "width",
+                 "skip_cutoff": "cutoff", "skip_high_end_factor": "high"}  # fmt: skip
+        for n, stage in enumerate(stages, start=1):
+            found |= {f"freeu_{names[name]}{n}": value for name, value in stage.items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return entries
+    ours = {Field(row).infotext: str(found[row.key]) for row in FREEU_PARAMETERS if row.key in found}
+    return {**ours, **entries}
 
 
 def infotext_keys() -> list[str]:

@@ -1,19 +1,21 @@
 """One sampling pass: which models run at each timestep, and how their noise predictions become one.
 
 Built from settings at the start of a pass and thrown away at its end; it holds all state there is (the mask that is
-held, the counts). It knows neither the engine nor the WebUI: both call ``models_at`` and then ``fuse``.
+held, the counts). It knows neither the engine nor the WebUI: both call ``models_at``, run those models, and ``fuse``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
-from lib_fusion.methods import snb
-from lib_fusion.settings import FusionSettings
+from lib_fusion.errors import SettingError
+from lib_fusion.methods import freeu, snb
+from lib_fusion.settings import FREEU_AUTO, FREEU_PUBLISHED, FREEU_STAGES, FusionSettings
 
 BASE = 0
 
@@ -31,12 +33,14 @@ class FusionSession:
     """Model 0 is the base, 1.. are the experts in the settings' order.
 
     ``fixed_mask``: bool (1 or B,1,h,w), True where the first expert rules, for method Mask; resized to the latent.
+    ``kind`` is that of the U-Nets (``checkpoint.unet_kind``), to which ``freeu`` is to be attached, if it is not None.
     ``calls`` and ``rows`` count U-Net calls and batch rows per model, as reported by ``count``.
     """
 
     settings: FusionSettings
     fixed_mask: torch.Tensor | None = None
     keep_masks: bool = False
+    kind: str = "sd1"
     masks: list[MaskRecord] = field(default_factory=list)
     calls: list[int] = field(init=False)
     rows: list[int] = field(init=False)
@@ -47,6 +51,8 @@ class FusionSession:
         self._hold = snb.HeldMask(self.settings.snb_hold)
         self._held_models: tuple[int, ...] | None = None
         self._last_winner: torch.Tensor | None = None
+        self.freeu = make_freeu(self.settings, self.kind)
+        self.levels: Sequence[float] = (1000.0, 0.0)
 
     def models_at(self, timestep: float) -> tuple[int, ...]:
         """The models that must run at this timestep, ascending.
@@ -73,6 +79,35 @@ class FusionSession:
         """Notes one U-Net call of ``rows`` batch rows."""
         self.calls[model] += 1
         self.rows[model] += rows
+
+    def begin(self, levels: Sequence[float]) -> None:
+        """Tells the noise levels of the pass, sigmas or timesteps: step i goes from ``levels[i]`` to ``levels[i + 1]``.
+
+        Needed for FreeU's schedule only; raises SettingError where that would stop before it starts.
+        """
+        self.levels = levels
+        start, stop = self.settings.freeu_start, self.settings.freeu_stop
+        steps = len(levels) - 1
+        if self.freeu and freeu.whole_steps(start, steps) > freeu.whole_steps(stop, steps):
+            raise SettingError("freeu_stop", stop, f"allowed with freeu_start {start:g} in {steps} steps: no less")
+
+    @contextmanager
+    def using_freeu(self, model: int, level: float) -> Iterator[None]:
+        """Around a U-Net call of a model at a noise level: lets FreeU act in it as far as the settings say.
+
+        Going by the level and not by counted calls, a step is the same to samplers that call twice in one, and going
+        by the model, two that share one U-Net are told apart.
+        """
+        s = self.settings
+        if self.freeu is None or s.freeu_models == ("experts" if model == BASE else "base"):
+            yield
+            return
+        step, steps = freeu.step_at(level, self.levels), len(self.levels) - 1
+        self.freeu.strength = freeu.strength(step, steps, s.freeu_start, s.freeu_stop, s.freeu_smooth)
+        try:
+            yield
+        finally:
+            self.freeu.strength = 0.0
 
     def fuse(
         self,
@@ -137,3 +172,20 @@ class FusionSession:
         if self.keep_masks:
             self.masks.append(MaskRecord(timestep, index.cpu()))
         return index
+
+
+def make_freeu(settings: FusionSettings, kind: str) -> freeu.FreeU | None:
+    """FreeU with the factors that the settings choose for this kind of U-Net, or None where it is off."""
+    if settings.freeu == "Off":
+        return None
+    if settings.freeu == "Custom":
+        keys = {"backbone": "b", "skip": "s", "offset": "offset", "width": "width", "high": "high", "cutoff": "cutoff"}
+        stages = {
+            multiple: freeu.Stage(**{name: getattr(settings, f"freeu_{key}{n}") for name, key in keys.items()})
+            for n, multiple in FREEU_STAGES.items()
+        }
+    else:
+        name = FREEU_AUTO[kind] if settings.freeu == "Auto" else settings.freeu
+        b1, b2, s1, s2 = FREEU_PUBLISHED[name][settings.freeu_version]
+        stages = {FREEU_STAGES[1]: freeu.Stage(b1, s1), FREEU_STAGES[2]: freeu.Stage(b2, s2)}
+    return freeu.FreeU(stages, int(settings.freeu_version))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 from lib_fusion.errors import SettingError
@@ -98,10 +98,11 @@ def _read_number(row: Parameter, value: Any) -> float | int:
 
 
 def _read_choice(row: Parameter, value: Any) -> str:
-    _refuse(not isinstance(value, str))
+    _refuse(isinstance(value, bool) or not isinstance(value, (str, int)))
     by_name = {choice.lower(): choice for choice in row.choices}
-    _refuse(value.strip().lower() not in by_name)
-    return by_name[value.strip().lower()]
+    name = str(value).strip().lower()
+    _refuse(name not in by_name)
+    return by_name[name]
 
 
 def _read_text(_: Parameter, value: Any) -> str:
@@ -137,6 +138,61 @@ EXPERT_PARAMETERS: tuple[Parameter, ...] = (
               where=("panel",)),
 )  # fmt: skip
 
+#: FreeU's published factors by version: what the authors' repository recommends now (2) and what it did at first (1).
+#: For SDXL in version 1 they are Nasir Khalid's, whom it links to.
+FREEU_PUBLISHED_ROWS = ("freeu_b1", "freeu_b2", "freeu_s1", "freeu_s2")
+FREEU_PUBLISHED: dict[str, dict[str, tuple[float, float, float, float]]] = {
+    "SD1.4": {"1": (1.2, 1.4, 0.9, 0.2), "2": (1.3, 1.4, 0.9, 0.2)},
+    "SD1.5": {"1": (1.2, 1.4, 0.9, 0.2), "2": (1.5, 1.6, 0.9, 0.2)},
+    "SD2.1": {"1": (1.1, 1.2, 0.9, 0.2), "2": (1.4, 1.6, 0.9, 0.2)},
+    "SDXL": {"1": (1.1, 1.2, 0.6, 0.4), "2": (1.3, 1.4, 0.9, 0.2)},
+}
+#: What "Auto" takes, by the U-Net's kind (``checkpoint.unet_kind``).
+FREEU_AUTO = {"sd1": "SD1.5", "sd2": "SD2.1", "sdxl": "SDXL", "sdxl-refiner": "SDXL"}
+#: FreeU's stages as the channels of h in multiples of the model's: 1280, 640 and 320 in SD1, SD2 and SDXL.
+FREEU_STAGES = {1: 4, 2: 2, 3: 1}
+
+
+def _freeu_stage(stage: int) -> tuple[Parameter, ...]:
+    where = f"at stage {stage}, where the features have {FREEU_STAGES[stage]} x the model's channels"
+    return (
+        Parameter(f"freeu_b{stage}", "float", 1.0, f"FreeU b{stage}", f"Factor of the backbone {where}.",
+                  low=-1, high=3, step=0.01),
+        Parameter(f"freeu_s{stage}", "float", 1.0, f"FreeU s{stage}",
+                  f"Factor of the skip features' low frequencies {where}.", low=-1, high=3, step=0.01),
+        Parameter(f"freeu_offset{stage}", "float", 0.0, f"FreeU offset {stage}",
+                  "First of the backbone's channels that are scaled, as a part of all.", low=0, high=1),
+        Parameter(f"freeu_width{stage}", "float", 0.5, f"FreeU width {stage}",
+                  "How many of the backbone's channels are scaled, as a part of all; on past the end to the first.",
+                  low=0, high=1),
+        Parameter(f"freeu_high{stage}", "float", 1.0, f"FreeU high {stage}",
+                  "Factor of the skip features' other frequencies.", low=-1, high=3),
+        Parameter(f"freeu_cutoff{stage}", "float", 0.0, f"FreeU cutoff {stage}",
+                  "Up to which frequency s acts, as a part of the highest; 0: the lowest only, as published.",
+                  low=0, high=1),
+    )  # fmt: skip
+
+
+#: Rows of FreeU's factors, which count where the preset is "Custom".
+FREEU_CUSTOM: tuple[Parameter, ...] = tuple(row for stage in FREEU_STAGES for row in _freeu_stage(stage))
+FREEU_PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("freeu", "choice", "Off", "FreeU",
+              "Which factors FreeU takes: the published ones for a base model, Auto: those for the loaded one, or "
+              "Custom: those given.", choices=("Off", "Auto", *FREEU_PUBLISHED, "Custom")),
+    Parameter("freeu_version", "choice", "2", "FreeU version",
+              "1: the backbone is scaled evenly. 2 (the CVPR paper): by more where its features are strong.",
+              choices=("2", "1")),
+    Parameter("freeu_models", "choice", "all", "FreeU models", "Which models FreeU acts on.",
+              choices=("all", "base", "experts")),
+    Parameter("freeu_start", "float", 0.0, "FreeU start",
+              "From which step on: up to 1 a part of the pass's steps, above 1 a number of steps.", low=0, high=1000),
+    Parameter("freeu_stop", "float", 1.0, "FreeU stop",
+              "Until which step: up to 1 a part of the pass's steps, above 1 a number of steps.", low=0, high=1000),
+    Parameter("freeu_smooth", "float", 0.0, "FreeU smooth",
+              "How gradually: 0 switches on and off, 1 rises up to the start and falls until the stop.", low=0, high=1),
+    *FREEU_CUSTOM,
+)  # fmt: skip
+
 #: Rows of the fusion itself.
 PARAMETERS: tuple[Parameter, ...] = (
     Parameter("method", "choice", "SNB", "method",
@@ -161,8 +217,12 @@ PARAMETERS: tuple[Parameter, ...] = (
               "0: a new mask at every step (the paper).",
               low=0, high=TIMESTEPS, step=10),
     Parameter("passes", "choice", "both", "passes",
-              "In which sampling passes the models are fused: both, only the first, or only hires fix.",
+              "In which sampling passes all of this acts: both, only the first, or only hires fix.",
               choices=("both", "first", "hires"), where=("panel",)),
+    Parameter("refiner", "bool", False, "experts on refiner",
+              "Whether the experts go on when the refiner takes over from the base; it must be of their kind.",
+              where=("panel",)),
+    *FREEU_PARAMETERS,
 )  # fmt: skip
 
 #: The panel's own switch; what the API gives is on unless it says otherwise.
@@ -250,22 +310,14 @@ class GenerationSettings:
         return cls(prompts=prompts, **read_rows(GENERATION_PARAMETERS, rest))
 
 
+_Rows = make_dataclass("_Rows", [(row.key, Any, row.default) for row in PARAMETERS], frozen=True)
+
+
 @dataclass(frozen=True)
-class FusionSettings:
-    """A validated set of values; fields as in PARAMETERS, and the experts."""
+class FusionSettings(_Rows):
+    """A validated set of values: one field for each of PARAMETERS, and the experts."""
 
     experts: tuple[ExpertSettings, ...] = ()
-    method: str = "SNB"
-    snb_window: tuple[float, float] = (1000.0, 0.0)
-    snb_outside: str = "base"
-    k_general: float = 1.0
-    k_expert: float = 1.0
-    snb_saliency: str = "own"
-    snb_hold: float = 0.0
-    passes: str = "both"
-    afa_aggregator: str = ""
-    afa_maps: str = "trained"
-    afa_force: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FusionSettings:
@@ -281,7 +333,12 @@ class FusionSettings:
                 raise SettingError(f"experts[{i}]", expert, "allowed: an object with a checkpoint")
             read.append(ExpertSettings(**read_rows(EXPERT_PARAMETERS, expert, f"experts[{i}].")))
         rest = {key: value for key, value in values.items() if key != "experts"}
-        return cls(experts=tuple(read), **read_rows(PARAMETERS, rest))
+        rows = read_rows(PARAMETERS, rest)
+        for row in FREEU_CUSTOM:
+            if rows["freeu"] != "Custom" and rows[row.key] != row.default:
+                told = f"allowed with freeu {rows['freeu']}: {row.default:g}; Custom takes others"
+                raise SettingError(row.key, rows[row.key], told)
+        return cls(experts=tuple(read), **rows)
 
     @property
     def needs_aggregator(self) -> bool:
@@ -293,6 +350,11 @@ class FusionSettings:
         rows = {row.key: getattr(self, row.key) for row in PARAMETERS}
         rows["snb_window"] = list(self.snb_window)
         return {"experts": [dict(vars(expert)) for expert in self.experts], **rows}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is asked for, so that there is nothing to do."""
+        return not self.experts and self.freeu == "Off"
 
     def in_window(self, timestep: float) -> bool:
         """Whether the models are fused at this timestep: ``start >= t > end``, and down to 0 where the end is 0."""

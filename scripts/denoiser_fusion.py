@@ -26,7 +26,7 @@ class DenoiserFusionScript(scripts.Script):
         script.wrap_sampler(p)
 
     def postprocess(self, p, processed, *args):
-        runtime.drop_leftovers()
+        script.end(p, processed)
 
 
 script_callbacks.on_cfg_denoiser(runtime.begin_step)

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from lib_fusion.engine.generate import Engine, single
-from lib_fusion.engine.pictures import mask_image, sheet
+from lib_fusion.engine.pictures import sheet
 from lib_fusion.errors import CheckpointError
+from lib_fusion.previews import mask_image, spread
 from lib_fusion.settings import ExpertSettings, FusionSettings, GenerationSettings
 
 FOLDER = Path(__file__).resolve().parents[2] / "demo"
@@ -24,7 +25,6 @@ SCENES = (
 )
 CFG_SCALE = 5.0
 HOLD = 900.0
-MASK_STEPS = 4
 
 
 def make_sheet(
@@ -61,7 +61,7 @@ def make_sheet(
             total["seconds"] += run.record["seconds"]
             total["unet_calls"] += run.record["unet_calls"]
             total["unet_rows"] += run.record["unet_rows"]
-        shown = [masks[round(i * (len(masks) - 1) / (MASK_STEPS - 1))] for i in range(MASK_STEPS)]
+        shown = [masks[i] for i in spread(len(masks))]
         cells += [mask_image(m).resize((width, height), Image.Resampling.NEAREST) for _, m in shown]
         rows.append((f"{prompt}  (base: {base}, expert: {expert})", cells))
     columns = [*methods, *(f"mask at t = {t:.0f}" for t, _ in shown)]

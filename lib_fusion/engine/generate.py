@@ -21,6 +21,8 @@ from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.methods import afa
 from lib_fusion.session import FusionSession, MaskRecord
 from lib_fusion.settings import FusionSettings, GenerationSettings
+from lib_fusion.unet.hooks import Hooks, attach_freeu
+from lib_fusion.unet.layout import read_layout
 from lib_fusion.unet.lockstep import Lockstep, mean_context
 
 
@@ -94,7 +96,7 @@ class Engine:
         with tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True) as bar:
             for start in range(0, len(jobs), size):
                 batch = jobs[start : start + size]
-                session = FusionSession(fusion, fixed_mask, keep_masks)
+                session = FusionSession(fusion, fixed_mask, keep_masks, self.models[0].unet.kind)
                 latents = self.denoise(batch, generation, session, bar)
                 images = self.decode(latents)
                 for i, ((prompt, seed), image) in enumerate(zip(batch, images, strict=True)):
@@ -171,9 +173,12 @@ class Engine:
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for _, seed in jobs]
         x = torch.cat(noise).to(self.device) * scheduler.init_noise_sigma
         alphas = scheduler.alphas_cumprod.to(self.device)
+        session.begin([*map(float, scheduler.timesteps), -1.0])
         self._check_afa(session.settings)
         lockstep = self.make_lockstep(session.settings) if session.settings.method == "AFA" else None
-        with lockstep.attached() if lockstep else nullcontext():
+        unets = [model.unet for model in self.models] if session.freeu else []
+        decoder = [point for unet in unets for point in read_layout(unet).decoder]
+        with attach_freeu(decoder, session.freeu), lockstep.attach() if lockstep else Hooks():
             for t in scheduler.timesteps:
                 scaled = scheduler.scale_model_input(x, t)
                 cond, uncond = {}, {}
@@ -182,10 +187,11 @@ class Engine:
                     session.count(i, 2 * len(x))
                 if session.in_lockstep(float(t)):
                     contexts = [torch.cat([told[i].cond, told[i].uncond]) for i in models]
-                    with lockstep.running(contexts[1:], mean_context(contexts)):
-                        cond[0], uncond[0] = self._predict(self.models[0], told[0], scaled, t, alphas)
+                    together = lockstep.running(contexts[1:], mean_context(contexts))
                 else:
-                    for i in models:
+                    together = nullcontext()
+                for i in models[:1] if session.in_lockstep(float(t)) else models:
+                    with together, session.using_freeu(i, float(t)):
                         cond[i], uncond[i] = self._predict(self.models[i], told[i], scaled, t, alphas)
                 c, u = session.fuse(float(t), cond, uncond, generation.cfg_scale)
                 x = scheduler.step(u + generation.cfg_scale * (c - u), t, x).prev_sample

@@ -8,9 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
-import numpy as np
-import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from lib_fusion.infotext import write_infotext
@@ -18,9 +16,6 @@ from lib_fusion.settings import FusionSettings, GenerationSettings
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-#: Colours of base, first, second and third expert in masks.
-MODEL_COLOURS = ((47, 62, 92), (242, 169, 59), (74, 163, 150), (201, 84, 110))
 
 
 def infotext(prompt: str, seed: int, generation: GenerationSettings, fusion: FusionSettings, base: str) -> str:
@@ -33,7 +28,7 @@ def infotext(prompt: str, seed: int, generation: GenerationSettings, fusion: Fus
         "CFG scale": f"{generation.cfg_scale:g}", "Seed": seed,
         "Size": f"{generation.width}x{generation.height}", "Model": base,
     }  # fmt: skip
-    if fusion.experts:
+    if not fusion.is_idle:
         names = [Path(expert.checkpoint).name for expert in fusion.experts]
         named = replace(fusion, afa_aggregator=Path(fusion.afa_aggregator).name)
         values |= {key: _quoted(value) for key, value in write_infotext(named, names).items()}
@@ -56,9 +51,9 @@ def save_png(image: Image.Image, path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def mask_image(winner: torch.Tensor) -> Image.Image:
-    """A mask int64 (h,w) as colours: dark blue the base, orange the first expert."""
-    return Image.fromarray(np.array(MODEL_COLOURS, dtype=np.uint8)[winner.numpy()])
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The typeface that matplotlib brings along; ``size`` in pixels."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def sheet(

@@ -34,7 +34,7 @@ class Ensemble(nn.Module):
         self.aggregators = aggregators
         self._unets = tuple(unets)
         self.lockstep = Lockstep(unets[0], unets[1:], aggregators)
-        self.lockstep.attach()
+        self.hooks = self.lockstep.attach()
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, contexts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The prediction (B,C,H,W) for noisy latents at ``timesteps`` (B,), with each model's text states (B,T,D)."""

@@ -106,7 +106,7 @@ def evaluate(
                     ensemble = Ensemble(unets, module.to(device))
                     ensemble.lockstep.on_maps = maps.note(subset) if name == TRAINED else None
                     outputs[name], target = _predict(ensemble, data, t, unets[0].prediction, device)
-                    ensemble.lockstep.detach()
+                    ensemble.hooks.remove()
                 outputs[MEAN_PREDICTIONS] = torch.stack([outputs[only(name)] for name in names]).mean(dim=0)
                 for name, output in outputs.items():
                     error = (output - target).square().mean(dim=(1, 2, 3)).sum().item()

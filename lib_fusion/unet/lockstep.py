@@ -17,6 +17,7 @@ from torch import nn
 
 from lib_fusion.errors import FusionError
 from lib_fusion.methods.afa import AggregatorSizes
+from lib_fusion.unet.hooks import Hooks
 from lib_fusion.unet.layers import timestep_embedding
 from lib_fusion.unet.layout import Layout, read_layout
 
@@ -63,37 +64,22 @@ class Lockstep:
         self.unet, self.experts, self.on_maps = unet, list(experts), on_maps
         self.aggregators = aggregators
         self._layouts: list[Layout] = [read_layout(expert) for expert in self.experts]
-        self._handles: list[Any] = []
         self._told: tuple[Sequence[torch.Tensor | None], torch.Tensor, Sequence[torch.Tensor | None]] | None = None
         self._embeddings: list[torch.Tensor] = []
         self._mean_embedding: torch.Tensor | None = None
         self._last: list[torch.Tensor] = []
 
-    def attach(self) -> None:
+    def attach(self) -> Hooks:
         """Puts the hooks on."""
+        hooks = Hooks()
         points = read_layout(self.unet).points
-        add = self._handles.append
-        add(self.unet.register_forward_pre_hook(self._begin, with_kwargs=True))
+        hooks.before(self.unet, self._begin, with_kwargs=True)
         for index, point in enumerate(points[:-1]):
-            add(point.module.register_forward_hook(self._block_hook(index)))
-        add(points[-1].module.register_forward_hook(self._keep_last))
-        add(self.unet.out.register_forward_hook(self._out))
-        add(self.unet.register_forward_hook(self._end))
-
-    def detach(self) -> None:
-        """Takes every hook off."""
-        while self._handles:
-            self._handles.pop().remove()
-        self._forget()
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """The hooks are on within."""
-        self.attach()
-        try:
-            yield
-        finally:
-            self.detach()
+            hooks.after(point.module, self._block_hook(index))
+        hooks.after(points[-1].module, self._keep_last)
+        hooks.after(self.unet.out, self._out)
+        hooks.after(self.unet, self._end)
+        return hooks
 
     @contextmanager
     def running(

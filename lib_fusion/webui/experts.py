@@ -23,11 +23,15 @@ from lib_fusion.settings import ExpertSettings
 
 @dataclass(frozen=True)
 class ExpertKey:
-    """What makes a loaded expert reusable. ``loras``: one that LoRAs act on is altered by them, so it is kept apart."""
+    """What makes a loaded expert reusable. ``loras``: one that LoRAs act on is altered by them, so it is kept apart.
+
+    ``dtype``: how the host stores its models, which a setting of it (FP8 weight) changes between generations.
+    """
 
     file: str
     changed: int
     loras: bool
+    dtype: str
 
 
 @dataclass
@@ -107,7 +111,8 @@ def list_checkpoints() -> list[str]:
 
 
 def make_key(info: Any, setting: ExpertSettings) -> ExpertKey:
-    return ExpertKey(info.filename, Path(info.filename).stat().st_mtime_ns, setting.loras)
+    dtype = torch.float8_e4m3fn if devices.fp8 else devices.dtype_unet
+    return ExpertKey(info.filename, Path(info.filename).stat().st_mtime_ns, setting.loras, str(dtype))
 
 
 def is_base(info: Any, setting: ExpertSettings, sd_model: nn.Module) -> bool:
@@ -135,7 +140,8 @@ def check_base(sd_model: nn.Module) -> None:
         raise SettingError("base checkpoint", name, f"it is an instruct-pix2pix model; {allowed}")
     if sd_unet.current_unet is not None:
         label = getattr(sd_unet.current_unet.option, "label", "?")
-        raise SettingError("SD Unet", label, "allowed with Denoiser Fusion: None, since an engine can't run an expert")
+        told = "allowed with Denoiser Fusion: None, since an engine runs neither experts nor hooks"
+        raise SettingError("SD Unet", label, told)
 
 
 def check_fits(info: Any, sd_model: nn.Module, field: str) -> None:
@@ -228,7 +234,20 @@ def load_unet(info: Any) -> nn.Module:
         raise CheckpointError(f"{info.name}: its U-Net lacks {len(lacking)} tensors, such as {lacking[0]}")
     unet.eval().requires_grad_(False)
     unet.dtype = dtype
+    if devices.fp8:
+        store_in_fp8(unet)
     return unet.to(devices.device)
+
+
+def store_in_fp8(unet: nn.Module) -> None:
+    """Rounds the layers that the host's setting "FP8 weight" rounds; they compute in the host's own precision."""
+    for layer in unet.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            if shared.opts.cache_fp16_weight:  # what LoRAs are added to
+                layer.fp16_weight = layer.weight.data.clone().cpu().half()
+                if layer.bias is not None:
+                    layer.fp16_bias = layer.bias.data.clone().cpu().half()
+            layer.to(torch.float8_e4m3fn)
 
 
 def copy_layer_names(source: nn.Module, target: nn.Module) -> None:

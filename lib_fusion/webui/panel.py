@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,17 @@ from modules import infotext_utils, paths, sd_models, shared, ui_common, ui_comp
 from lib_fusion import infotext
 from lib_fusion.errors import FusionError
 from lib_fusion.infotext import Field
-from lib_fusion.settings import MAX_EXPERTS
+from lib_fusion.settings import FREEU_AUTO, FREEU_PUBLISHED, FREEU_PUBLISHED_ROWS, FREEU_STAGES, MAX_EXPERTS
 from lib_fusion.webui import experts, presets, request
 from lib_fusion.webui.runtime import runtime
-from lib_fusion.webui.sampling import PLACES
+from lib_fusion.webui.sampling import PLACES, PREVIEW_OPTION
 
+#: The setting by which pasted settings switch the panel.
+PASTE_OPTION = "denoiser_fusion_paste_switches"
 #: A slider is of no use where it has more stops than this.
 MOST_STOPS = 1000
+#: More choices than this are a list to open.
+MOST_BUTTONS = 4
 
 
 @dataclass
@@ -53,8 +58,10 @@ def build(elem_id: Callable[[str], str]) -> Built:
                     place("snb_window", "snb_outside")
                 with gr.Row():
                     place("k_general", "k_expert", "snb_hold")
-            with gr.Tab("Passes", elem_id=elem_id("tab_passes")):
-                place("passes")
+            with gr.Tab("FreeU", elem_id=elem_id("tab_freeu")):
+                build_freeu(place, controls, elem_id)
+            with gr.Tab("Passes", elem_id=elem_id("tab_passes")), gr.Row():
+                place("passes", "refiner")
         inputs = [control for element in fields for control in controls[element]]
         build_presets(inputs, elem_id)
         build_memory(elem_id)
@@ -78,6 +85,45 @@ def build_experts(place: Callable[..., None], controls: dict[str, list[Any]], el
                 place(f"{name}_text_encoder", f"{name}_loras")
             with gr.Row():
                 place(f"{name}_prompt", f"{name}_negative_prompt")
+
+
+def build_freeu(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
+    """The choice of factors; a line that tells published ones, or the controls for one's own, a row for each stage."""
+    with gr.Row():
+        place("freeu", "freeu_version")
+    told = gr.HTML(elem_id=elem_id("freeu_told"), elem_classes=["denoiser-fusion-told"])
+    with gr.Column(visible=False, elem_id=elem_id("freeu_custom")) as custom:
+        for stage in FREEU_STAGES:
+            with gr.Row():
+                place(f"freeu_b{stage}", f"freeu_s{stage}")
+        with gr.Accordion("Channels and frequencies", open=False, elem_id=elem_id("freeu_more")):
+            for stage in FREEU_STAGES:
+                with gr.Row(elem_classes=["denoiser-fusion-narrow"]):
+                    place(*(f"freeu_{name}{stage}" for name in ("offset", "width", "cutoff", "high")))
+    with gr.Row():
+        place("freeu_start", "freeu_stop", "freeu_smooth")
+    place("freeu_models")
+    (preset,), (version,) = controls["freeu"], controls["freeu_version"]
+    published = [controls[key][0] for key in FREEU_PUBLISHED_ROWS]
+
+    def on_change(name: str, number: str) -> list[Any]:
+        """Published factors also go into the hidden controls, so that one's own begin with them."""
+        factors = FREEU_PUBLISHED[name][number] if name in FREEU_PUBLISHED else [gr.update()] * len(published)
+        return [describe_freeu(name, number), gr.update(visible=name == "Custom"), *factors]
+
+    for control in (preset, version):
+        control.change(on_change, inputs=[preset, version], outputs=[told, custom, *published], show_progress=False)
+
+
+def describe_freeu(name: str, version: str) -> str:
+    """The published factors that a choice stands for, for people."""
+    if name == "Auto":
+        names = ", ".join(dict.fromkeys(FREEU_AUTO.values()))
+        return f"The published factors for the kind of the loaded model: {names}."
+    if name not in FREEU_PUBLISHED:
+        return ""
+    factors = zip(FREEU_PUBLISHED_ROWS, FREEU_PUBLISHED[name][version])
+    return ", ".join(f"{key.removeprefix('freeu_')} {factor:g}" for key, factor in factors)
 
 
 def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
@@ -148,6 +194,8 @@ def make_controls(field: Field, elem_id: Callable[[str], str]) -> list[Any]:
         return [gr.Checkbox(label=label, value=value, **common)]
     if row.kind == "choice":
         choices = list(request.allowed_choices(row))
+        if len(choices) > MOST_BUTTONS:
+            return [gr.Dropdown(label=label, choices=choices, value=value, **common)]
         return [gr.Radio(label=label, choices=choices, value=value, **common)]
     if row.kind == "text":
         return [gr.Textbox(label=label, value=value, lines=2, placeholder="Empty: the picture's", **common)]
@@ -173,8 +221,10 @@ class Paste:
     part: int = 0
 
     def __call__(self, entries: dict[str, Any]) -> Any:
+        if "lib_free_u" not in sys.modules:  # where that extension is there, it takes its entries itself
+            entries = infotext.adopt_freeu(entries)
         if self.field is None:
-            return infotext.is_fused(entries)
+            return infotext.is_fused(entries) if shared.opts.data.get(PASTE_OPTION, True) else None
         value = infotext.read_infotext(entries, self.field)
         if self.field.row.key == "checkpoint" and value:
             info = sd_models.checkpoint_aliases.get(value)
@@ -208,5 +258,13 @@ def add_options() -> None:
     place = shared.OptionInfo(
         PLACES[0], "Where an expert waits", gr.Radio, {"choices": list(PLACES)}, section=section
     ).info("RAM spares GPU memory and costs time")
+    preview = shared.OptionInfo(
+        False, "Show after each picture which model drew what (SNB)", gr.Checkbox, section=section
+    ).info("a strip of the saliency masks at four steps, saved beside the picture")
+    paste = shared.OptionInfo(
+        True, "Pasting a fused picture's settings switches the panel on", gr.Checkbox, section=section
+    ).info("and those of a picture made without fusion switch it off")
     shared.opts.add_option("denoiser_fusion_cache", cache)
     shared.opts.add_option("denoiser_fusion_place", place)
+    shared.opts.add_option(PREVIEW_OPTION, preview)
+    shared.opts.add_option(PASTE_OPTION, paste)

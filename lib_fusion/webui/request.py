@@ -10,6 +10,7 @@ from lib_fusion.infotext import NO_CHECKPOINT, list_fields, panel_default
 from lib_fusion.settings import (
     ENABLED,
     EXPERT_PARAMETERS,
+    FREEU_CUSTOM,
     MAX_EXPERTS,
     PARAMETERS,
     TIMESTEPS,
@@ -47,7 +48,7 @@ def read_args(args: Sequence[Any], axes: Mapping[str, Any] | None = None) -> Fus
 
 
 def put_axes(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
-    """An API dict with a plot's values in it; a plot that takes away the last expert switches off."""
+    """An API dict with a plot's values in it; a plot that takes away all there is to do switches off."""
     result = {**values, ENABLED.key: True}
     experts = [dict(expert) for expert in values.get("experts", ())]
     experts += [{} for _ in range(MAX_EXPERTS - len(experts))]
@@ -56,8 +57,9 @@ def put_axes(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, An
             target = result if field.expert is None else experts[field.expert]
             target[field.row.key] = axes[field.element]
     result["experts"] = [expert for expert in experts if expert.get("checkpoint", "") not in NO_CHECKPOINT]
-    removed = any(value in NO_CHECKPOINT for key, value in axes.items() if key.endswith("_checkpoint"))
-    if removed and not result["experts"]:
+    removes = any(key == "freeu" or (key.endswith("_checkpoint") and value in NO_CHECKPOINT)
+                  for key, value in axes.items())  # fmt: skip
+    if removes and not result["experts"] and str(result.get("freeu", "Off")).strip().lower() == "off":
         result[ENABLED.key] = False
     return result
 
@@ -77,8 +79,8 @@ def read_dict(values: Mapping[str, Any]) -> FusionSettings | None:
             raise SettingError(key, getattr(settings, key), allowed)
     if not ENABLED.read(values.get(ENABLED.key, True)):
         return None
-    if not 1 <= len(settings.experts) <= MAX_EXPERTS:
-        allowed = f"allowed: 1 to {MAX_EXPERTS} experts, each with a checkpoint"
+    if settings.is_idle or len(settings.experts) > MAX_EXPERTS:
+        allowed = f"allowed: 1 to {MAX_EXPERTS} experts, each with a checkpoint, or none with FreeU on"
         raise SettingError("experts", [dict(vars(expert)) for expert in settings.experts], allowed)
     for i, expert in enumerate(settings.experts):
         if expert.checkpoint in NO_CHECKPOINT:
@@ -87,7 +89,8 @@ def read_dict(values: Mapping[str, Any]) -> FusionSettings | None:
 
 
 def panel_to_dict(args: Sequence[Any]) -> dict[str, Any]:
-    """The API dict that says what the panel's values say. Experts without a checkpoint are not there."""
+    """The API dict that says what the panel's values say, without what it hides: experts without a checkpoint, and
+    FreeU's own factors where published ones are chosen."""
     defaults = default_values()
     values = [default if value is None else value for default, value in zip(defaults, args)]
     values += defaults[len(values) :]
@@ -98,6 +101,8 @@ def panel_to_dict(args: Sequence[Any]) -> dict[str, Any]:
         target = result if field.expert is None else experts[field.expert]
         target[field.row.key] = value if field.width == 2 else value[0]
     result["experts"] = [expert for expert in experts if expert["checkpoint"] not in NO_CHECKPOINT]
+    if result["freeu"] != "Custom":
+        result = {key: value for key, value in result.items() if key not in {row.key for row in FREEU_CUSTOM}}
     return result
 
 
@@ -125,7 +130,7 @@ def write_schema() -> dict[str, Any]:
     """JSON schema of the API's one object."""
     expert = {row.key: _schema_of(row) for row in EXPERT_PARAMETERS}
     experts = {
-        "type": "array", "minItems": 1, "maxItems": MAX_EXPERTS, "description": "The experts, in order.",
+        "type": "array", "maxItems": MAX_EXPERTS, "description": "The experts, in order.",
         "items": {"type": "object", "properties": expert, "required": ["checkpoint"], "additionalProperties": False},
     }  # fmt: skip
     rows = [ENABLED, *(row for row in PARAMETERS if "panel" in row.where)]

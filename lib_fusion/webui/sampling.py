@@ -7,8 +7,9 @@ host has all rows of a step, it shows them to ``on_cfg_denoised``, where the fus
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,22 +21,32 @@ from torch import nn
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.session import BASE, FusionSession
 from lib_fusion.settings import FusionSettings
-from lib_fusion.webui.experts import Expert, check_base, find_checkpoint
+from lib_fusion.unet.hooks import Hooks, attach_freeu
+from lib_fusion.unet.layout import read_layout
+from lib_fusion.webui.experts import Expert, check_base, find_checkpoint, kind_of
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.rows import Context, Rows, put_context, strip_marker, weights_of
 
+#: The setting that shows where the experts won.
+PREVIEW_OPTION = "denoiser_fusion_preview"
 PLACES = ("GPU", "RAM between pictures", "RAM between U-Net calls")
+
+#: Base model -> the experts of a pass beside it, and the context of each (None: it is told what the base is).
+Equip = Callable[[nn.Module], "tuple[list[Expert], list[Context | None]]"]
 
 
 class FusionPass:
-    """State and hooks of one pass; made for one model with one checkpoint, inert when the host has changed either."""
+    """State and hooks of one pass; made for one model with one checkpoint.
 
-    def __init__(self, settings: FusionSettings, experts: list[Expert], contexts: list[Context | None],
-                 sampler: Any, sd_model: nn.Module) -> None:  # fmt: skip
-        self.session = FusionSession(settings)
-        self.experts, self.contexts = experts, contexts
-        self.sampler, self.sd_model = sampler, sd_model
-        self.checkpoint = sd_model.sd_checkpoint_info
+    When the host has changed either, a refiner has taken over: the pass follows it where it is told to, with the
+    experts and their contexts that ``equip`` gives for that base, and is inert where it is not.
+    """
+
+    def __init__(self, settings: FusionSettings, equip: Equip, sampler: Any, sd_model: nn.Module) -> None:
+        kind = "sd1" if settings.freeu == "Off" else kind_of(sd_model)
+        self.session = FusionSession(settings, keep_masks=bool(shared.opts.data.get(PREVIEW_OPTION, False)), kind=kind)
+        self.equip, self.sampler = equip, sampler
+        self._take(sd_model)
         self.guidance_scale = float(sampler.sampler_extra_args["cond_scale"])
         self.place = shared.opts.data.get("denoiser_fusion_place", PLACES[0])
         self.refined = False
@@ -47,11 +58,19 @@ class FusionPass:
         self._models: tuple[int, ...] = (BASE,)
         self._original: Callable[..., torch.Tensor] | None = None
         self._previous: Any = None
+        self._hooks = Hooks()
+
+    def _take(self, sd_model: nn.Module) -> None:
+        self.experts, self.contexts = self.equip(sd_model)
+        self.sd_model, self.checkpoint = sd_model, sd_model.sd_checkpoint_info
 
     def attach(self) -> None:
         self._previous = self.sd_model.__dict__.get("apply_model")
         self._original = self.sd_model.apply_model
         self.sd_model.apply_model = self.apply_model
+        if self.session.freeu is not None:
+            unets = [self.sd_model.model.diffusion_model, *(e.unet for e in self.experts if e.unet is not None)]
+            self._hooks = attach_freeu([p for unet in unets for p in read_layout(unet).decoder], self.session.freeu)
         for expert in self.experts:
             if expert.unet is not None:
                 set_tiling(expert.unet, model_hijack.circular_enabled)
@@ -61,6 +80,7 @@ class FusionPass:
     def detach(self) -> None:
         """Takes everything off; the wrapper stays inert where someone else has wrapped it since."""
         self._rows = None
+        self._hooks.remove()
         if self.sd_model.__dict__.get("apply_model") == self.apply_model:
             if self._previous is None:
                 del self.sd_model.apply_model
@@ -77,11 +97,15 @@ class FusionPass:
         if params.denoiser.sampler is not self.sampler:
             return
         if shared.sd_model is not self.sd_model or self.sd_model.sd_checkpoint_info != self.checkpoint:
-            self.refined = True  # the refiner has taken over: it knows nothing of the experts
-            return
+            if not self.session.settings.refiner:
+                self.refined = True
+                return
+            self.detach()
+            self._take(shared.sd_model)
+            self.attach()
         self._denoiser, self._sigma = params.denoiser, params.sigma
         self._rows = Rows(weights_of(self.sampler.sampler_extra_args["cond"]))
-        if self._rows.num_all != params.x.shape[0]:
+        if self.experts and self._rows.num_all != params.x.shape[0]:
             self._rows = None
             told = "another extension has changed how many rows a step has"
             raise FusionError(f"Denoiser Fusion can't tell which prompt a row belongs to: {told}")
@@ -94,17 +118,18 @@ class FusionPass:
         if rows is None or not isinstance(cond, dict):
             return self._original(x, t, cond, *args, **kwargs)
         start, stop = rows.cursor, rows.cursor + x.shape[0]
-        if stop > rows.num_all:
+        if self.experts and stop > rows.num_all:
             raise FusionError(f"Denoiser Fusion expected {rows.num_all} rows in a step, the host has asked for {stop}")
         rows.cursor = stop
         self._timestep = float(t.flatten()[0])
         self._models = self.session.models_at(self._timestep)
         outputs = {}
         for i in self._models:
-            outputs[i] = (
-                self._original(x, t, cond, *args, **kwargs) if i == BASE
-                else self._run_expert(i, x, t, cond, start, stop, *args, **kwargs)
-            )  # fmt: skip
+            with self.session.using_freeu(i, float(self._sigma[0])):
+                outputs[i] = (
+                    self._original(x, t, cond, *args, **kwargs) if i == BASE
+                    else self._run_expert(i, x, t, cond, start, stop, *args, **kwargs)
+                )  # fmt: skip
             self.session.count(i, x.shape[0])
         if len(outputs) > 1:
             for i, output in outputs.items():
@@ -206,6 +231,44 @@ def borrowed_forward(unet: nn.Module, other: nn.Module) -> Iterator[None]:
             unet.forward = previous
 
 
+@contextmanager
+def told_levels(sampler: Any, session: FusionSession) -> Iterator[None]:
+    """Tells the session the pass's noise levels, which the host hands to its sampling function and to nobody else.
+
+    For FreeU's schedule. Counters would not do: with second-order samplers, hires fix or adaptive steps they count
+    something else than steps.
+    """
+    if session.freeu is None:
+        yield
+        return
+    function = sampler.func
+
+    def func(*args: Any, **kwargs: Any) -> Any:
+        session.begin(levels_of(kwargs, sampler.model_wrap_cfg.steps))
+        return function(*args, **kwargs)
+
+    sampler.func = func
+    try:
+        yield
+    finally:
+        sampler.func = function
+
+
+def levels_of(arguments: Mapping[str, Any], steps: int) -> list[float]:
+    """The noise levels of a pass, from the arguments of the host's sampling function: its sigmas, or its timesteps.
+
+    Those are ascending, and the last one is where the pass ends. Where there is neither, as for DPM fast and adaptive,
+    it goes from one sigma to another in steps that are even in the logarithm.
+    """
+    sigmas = arguments.get("sigmas", arguments.get("sigma_sched"))
+    if sigmas is not None:
+        return sigmas.tolist()
+    if "timesteps" in arguments:
+        return arguments["timesteps"].flip(0).tolist()
+    first, last = (math.log(float(arguments[f"sigma_{end}"])) for end in ("max", "min"))
+    return [math.exp(first + (last - first) * i / steps) for i in range(steps + 1)]
+
+
 def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample: Callable[[], Any]) -> tuple[Any, dict]:
     """Runs a sampler's launch with the experts on; returns its samples and the record of the pass.
 
@@ -217,9 +280,10 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
     except FusionError as error:
         raise RequestRefusedError(str(error)) from error
     runtime.current = fusion
-    fusion.attach()
     try:
-        samples = sample()
+        fusion.attach()
+        with told_levels(sampler, fusion.session):
+            samples = sample()
         if fusion.error is not None:
             raise fusion.error
     except FusionError as error:
@@ -228,23 +292,28 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
         runtime.current = None
         fusion.detach()
     seconds = time.perf_counter() - began
-    return samples, {"calls": list(fusion.session.calls), "seconds": seconds, "refined": fusion.refined}
+    done = fusion.session
+    return samples, {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "masks": done.masks}
 
 
 def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> FusionPass:
     """Checks, loads and encodes what a pass needs; raises SettingError or CheckpointError."""
-    sd_model = p.sd_model
-    check_base(sd_model)
     if settings.passes == "hires" and not getattr(p, "enable_hr", False):
         raise SettingError("passes", "hires", "allowed without hires fix: both, first")
     infos = [find_checkpoint(e.checkpoint, f"experts[{i}].checkpoint") for i, e in enumerate(settings.experts)]
-    experts = runtime.experts.acquire(infos, list(settings.experts), sd_model)
     weights = weights_of(sampler.sampler_extra_args["cond"])
-    contexts: list[Context | None] = []
-    for i, (info, expert) in enumerate(zip(infos, settings.experts)):
-        told = runtime.texts.tell(p, info, expert, f"experts[{i}]")
-        if told is not None and weights_of(told.cond) != weights:
-            parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {weights_of(told.cond)[0]}"
-            raise SettingError(f"experts[{i}].prompt", expert.prompt, f"{parts}; allowed: the same parts and weights")
-        contexts.append(None if told is None else Context(told, prompt_parser))
-    return FusionPass(settings, experts, contexts, sampler, sd_model)
+
+    def equip(sd_model: nn.Module) -> tuple[list[Expert], list[Context | None]]:
+        check_base(sd_model)
+        experts = runtime.experts.acquire(infos, list(settings.experts), sd_model)
+        contexts: list[Context | None] = []
+        for i, (info, expert) in enumerate(zip(infos, settings.experts)):
+            told = runtime.texts.tell(p, info, expert, f"experts[{i}]")
+            if told is not None and weights_of(told.cond) != weights:
+                parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {weights_of(told.cond)[0]}"
+                raise SettingError(f"experts[{i}].prompt", expert.prompt,
+                                   f"{parts}; allowed: the same parts and weights")  # fmt: skip
+            contexts.append(None if told is None else Context(told, prompt_parser))
+        return experts, contexts
+
+    return FusionPass(settings, equip, sampler, p.sd_model)

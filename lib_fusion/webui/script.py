@@ -8,8 +8,9 @@ from typing import Any
 
 from lib_fusion.errors import FusionError
 from lib_fusion.infotext import infotext_keys, write_infotext
+from lib_fusion.session import MaskRecord
 from lib_fusion.settings import FusionSettings
-from lib_fusion.webui import sampling, xyz
+from lib_fusion.webui import gallery, sampling, xyz
 from lib_fusion.webui.experts import find_checkpoint
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.request import read_args
@@ -20,12 +21,28 @@ ATTRIBUTE = "_denoiser_fusion"
 
 @dataclass
 class Job:
-    """One generation's request: its settings, or the error that its sampling will be ended with."""
+    """One generation's request: its settings, or the error that its sampling will be ended with.
+
+    ``calls`` and ``seconds`` are those of the batch that is being made, over both of its passes; ``masks`` has a list
+    of what was decided for each batch so far.
+    """
 
     settings: FusionSettings | None = None
     error: FusionError | None = None
+    names: list[str] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    masks: list[list[MaskRecord]] = field(default_factory=list)
+
+    def begin_batch(self) -> None:
+        self.calls, self.seconds = [0] * (1 + len(self.names)), 0.0
+        self.masks.append([])
+
+    def add(self, record: dict) -> None:
+        """Notes what a pass has done."""
+        self.calls = [a + b for a, b in zip(self.calls, record["calls"])]
+        self.seconds += record["seconds"]
+        self.masks[-1] += record["masks"]
 
 
 def begin(p: Any, args: Sequence[Any]) -> None:
@@ -42,7 +59,8 @@ def begin(p: Any, args: Sequence[Any]) -> None:
                 find_checkpoint(expert.checkpoint, f"experts[{i}].checkpoint")
                 for i, expert in enumerate(job.settings.experts)
             ]
-            p.extra_generation_params.update(write_infotext(job.settings, [info.name for info in infos]))
+            job.names = [info.name for info in infos]
+            p.extra_generation_params.update(write_infotext(job.settings, job.names))
     except FusionError as error:
         job.error = error
 
@@ -53,6 +71,8 @@ def wrap_sampler(p: Any) -> None:
     if job is None or (job.settings is None and job.error is None):
         return
     is_hires = bool(getattr(p, "is_hr_pass", False))
+    if not is_hires:
+        job.begin_batch()
     if job.settings is not None and job.settings.passes == ("first" if is_hires else "hires") and _has_pass(p, job):
         return
     sampler = p.sampler
@@ -63,10 +83,19 @@ def wrap_sampler(p: Any) -> None:
         if job.error is not None:
             raise RequestRefusedError(str(job.error)) from job.error
         samples, record = sampling.launch(runtime, p, job.settings, sampler, lambda: original(steps, func))
-        _tell(p, job, record, adds=is_hires)
+        job.add(record)
+        _tell(p, job, record)
         return samples
 
     sampler.launch_sampling = launch_sampling
+
+
+def end(p: Any, processed: Any) -> None:
+    """All pictures are there: shows how they came about, where that is wanted."""
+    runtime.drop_leftovers()
+    job: Job | None = getattr(p, ATTRIBUTE, None)
+    if job is not None and any(job.masks):
+        gallery.add_masks(p, processed, job.masks, ["base", *job.names])
 
 
 def _has_pass(p: Any, job: Job) -> bool:
@@ -74,14 +103,13 @@ def _has_pass(p: Any, job: Job) -> bool:
     return job.settings.passes == "first" or bool(getattr(p, "enable_hr", False))
 
 
-def _tell(p: Any, job: Job, record: dict, adds: bool) -> None:
+def _tell(p: Any, job: Job, record: dict) -> None:
     """Writes what was done into the infotext: U-Net calls of each model, and seconds, over both passes of a picture."""
-    adds = adds and bool(job.calls)
-    job.calls = [a + b for a, b in zip(job.calls, record["calls"])] if adds else record["calls"]
-    job.seconds = job.seconds + record["seconds"] if adds else record["seconds"]
     names = ["base", *(f"expert {i + 1}" for i in range(len(job.calls) - 1))]
     told = ", ".join(f"{name} {calls}" for name, calls in zip(names, job.calls))
     p.extra_generation_params["Fusion U-Net calls"] = told
     p.extra_generation_params["Fusion seconds"] = f"{job.seconds:.2f}"
     if record["refined"]:
-        p.comment("Denoiser Fusion: the experts were off after the refiner took over.")
+        p.comment("Denoiser Fusion was off after the refiner took over.")
+    if job.settings.freeu != "Off" and any(key.lower().startswith("freeu") for key in p.extra_generation_params):
+        p.comment("Denoiser Fusion: another FreeU was on as well; both have acted, one after the other.")

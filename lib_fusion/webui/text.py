@@ -193,5 +193,6 @@ def put_weights(clone: nn.Module, weights: dict[str, torch.Tensor], prefix: str,
         old = module._parameters[key]
         if old.shape != weights[source].shape:
             raise SettingError(field, "own", f"{source} has another shape in {name} than in the base; allowed: base")
-        value = weights[source].to(device=devices.cpu, dtype=old.dtype, copy=True)
+        value = weights[source].to(devices.cpu, devices.dtype_unet) if devices.fp8 else weights[source]
+        value = value.to(device=devices.cpu, dtype=old.dtype, copy=True)
         module._parameters[key] = nn.Parameter(value, requires_grad=False)

@@ -36,12 +36,9 @@ def told(architecture: str, count: int) -> tuple[tuple, list[torch.Tensor], list
 
 def run(unets, aggregators, inputs, contexts, vectors, forward=None, **options) -> torch.Tensor:
     lockstep = Lockstep(unets[0], unets[1:], aggregators, **options)
-    lockstep.attach()
-    try:
-        with lockstep.running(contexts, mean_context([inputs[2], *contexts]), vectors), torch.no_grad():
-            return (forward or unets[0])(*inputs)
-    finally:
-        lockstep.detach()
+    running = lockstep.running(contexts, mean_context([inputs[2], *contexts]), vectors)
+    with lockstep.attach(), running, torch.no_grad():
+        return (forward or unets[0])(*inputs)
 
 
 def explicit(unets, aggregators, inputs, contexts, vectors) -> torch.Tensor:
@@ -206,10 +203,10 @@ def test_texts_of_other_lengths_reach_each_model_as_they_are():
     inputs, _, _ = told("sd1", 2)
     longer = torch.randn(3, 14, SMALL["sd1"]["context_dim"])
     lockstep = Lockstep(unets[0], unets[1:], one_hot(2, 1))
-    lockstep.attach()
+    hooks = lockstep.attach()
     with lockstep.running([longer], longer):
         got = unets[0](*inputs)
-    lockstep.detach()
+    hooks.remove()
     assert torch.equal(got, unets[1](*inputs[:2], longer))
 
 
@@ -222,13 +219,13 @@ def test_attached_but_not_running_changes_nothing_and_everything_comes_off():
     inputs, _, _ = told("sd1", 2)
     alone = unets[0](*inputs)
     lockstep = Lockstep(unets[0], unets[1:], uniform(2))
-    lockstep.attach()
+    hooks = lockstep.attach()
     assert hooks_on(unets[0]) > 0
     assert torch.equal(unets[0](*inputs), alone)
     with pytest.raises(RuntimeError), lockstep.running([torch.zeros(1, 1, 1)], inputs[2]):
         unets[0](*inputs)
     assert torch.equal(unets[0](*inputs), alone)
-    lockstep.detach()
+    hooks.remove()
     assert hooks_on(unets[0]) == hooks_on(unets[1]) == 0
 
 
@@ -256,10 +253,10 @@ def test_gradients_reach_the_aggregators_alone():
     randomize(aggregators)
     inputs, contexts, vectors = random_inputs(SMALL["sd1"], 16, 16), [random_inputs(SMALL["sd1"], seed=5)[2]], [None]
     lockstep = Lockstep(unets[0], unets[1:], aggregators)
-    lockstep.attach()
+    hooks = lockstep.attach()
     with lockstep.running(contexts, mean_context([inputs[2], *contexts]), vectors):
         unets[0](*inputs).square().mean().backward()
-    lockstep.detach()
+    hooks.remove()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in aggregators.parameters())
     assert all(p.grad is None for unet in unets for p in unet.parameters())
 

@@ -121,3 +121,61 @@ def test_axes_of_a_plot() -> None:
     )
     assert request.read_args([False], {"expert1_checkpoint": "None"}) is None
     assert request.read_args([FULL], {"expert1_checkpoint": "None"}).experts[0].checkpoint == "c.safetensors"
+
+
+FREEU = {"freeu": "Custom", "freeu_version": "1", "freeu_models": "experts", "freeu_b1": 1.3, "freeu_s3": 0.25,
+         "freeu_start": 0.25, "freeu_stop": 12.0, "freeu_smooth": 1.0, "freeu_cutoff2": 0.5}  # fmt: skip
+
+
+def test_freeu_needs_no_expert() -> None:
+    settings = request.read_args([FREEU])
+    assert settings == FusionSettings.from_dict(FREEU)
+    assert request.read_args(to_panel(FREEU)) == settings
+    entries = infotext.write_infotext(settings, [])
+    assert "Fusion method" not in entries
+    assert len(entries) == len(FREEU)
+    assert infotext.is_fused(entries)
+    assert FusionSettings.from_dict(read_back(parse_as_host(entries))) == settings
+
+
+def test_freeus_own_factors_count_where_they_are_chosen() -> None:
+    assert request.read_args(to_panel(FREEU | {"freeu": "Auto"})).freeu_b1 == 1  # the panel hides them
+    with pytest.raises(SettingError, match=r"freeu_b1: 1.3 is not allowed; allowed with freeu Auto: 1"):
+        request.read_args([FREEU | {"freeu": "Auto"}])
+
+
+def test_a_plot_over_freeu_switches_off_where_nothing_is_left() -> None:
+    assert request.read_args([False], {"freeu": "off"}) is None
+    assert request.read_args([False], {"freeu": "SDXL"}).freeu == "SDXL"
+    assert request.read_args([FULL], {"freeu": "Off"}) == FusionSettings.from_dict(FULL)
+    assert request.read_args([FREEU], {"expert1_checkpoint": "None"}) == FusionSettings.from_dict(FREEU)
+
+
+def adopted(**entries: str) -> dict:
+    read = infotext.adopt_freeu(entries)
+    fields = [field for field in infotext.list_fields() if field.expert is None]
+    values = {field.row.key: infotext.read_infotext(read, field) for field in fields}
+    return {k: v for k, v in values.items() if v != getattr(FusionSettings(), k)}
+
+
+def test_the_other_extensions_infotext() -> None:
+    stages = '[{"backbone_factor": 1.2, "skip_factor": 0.9, "skip_high_end_factor": 1.1}, {"backbone_offset": 0.5}]'
+    values = {"freeu": "Custom", "freeu_version": "1", "freeu_b1": 1.2, "freeu_s1": 0.9, "freeu_high1": 1.1,
+              "freeu_offset2": 0.5}  # fmt: skip
+    entries = {"Steps": "20", "FreeU Stages": stages, "FreeU Version": "1"}
+    assert adopted(**entries, **{"FreeU Schedule": "0.0, 1.0, 0.0"}) == values
+    assert adopted(**entries) == values
+    version = entries | {"FreeU Version": "2", "FreeU Schedule": "0.1, 0.75, 0.5"}
+    assert adopted(**version) == {
+        **{k: v for k, v in values.items() if k != "freeu_version"},
+        "freeu_start": 0.1, "freeu_stop": 0.75, "freeu_smooth": 0.5,
+    }  # fmt: skip
+    steps = adopted(**entries, **{"FreeU Schedule": "1, 12, 0.0"})  # whole numbers are steps, also the first
+    assert steps == values | {"freeu_start": 0.05, "freeu_stop": 12}
+
+
+@pytest.mark.parametrize("stages", ["", "{}", "[1]", '[{"nothing": 1}]', "no JSON"])
+def test_the_other_extensions_infotext_broken(stages: str) -> None:
+    entries = {"FreeU Stages": stages, "FreeU Schedule": "0.0"}
+    assert infotext.adopt_freeu(entries) is entries
+    assert not infotext.is_fused(entries)

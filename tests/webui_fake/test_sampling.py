@@ -99,7 +99,7 @@ def make_pass(sampling: Any, step: Step, expert: UNet, **settings: Any) -> Any:
     sampling.shared.sd_model = step.model
     told = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], **settings})
     loaded = SimpleNamespace(unet=expert)
-    return sampling.FusionPass(told, [loaded], [None], step.sampler, step.model)
+    return sampling.FusionPass(told, lambda _: ([loaded], [None]), step.sampler, step.model)
 
 
 def expected(step: Step, base: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
@@ -238,3 +238,46 @@ def test_controlnets_marker_is_taken_off(sampling: Any) -> None:
     assert torch.equal(strip_marker({"crossattn": -marked})["crossattn"], -states)
     plain = {"c_crossattn": [states]}
     assert strip_marker(plain) is plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "levels"),
+    [
+        ({"sigmas": torch.tensor([8.0, 2.0, 0.0])}, [8, 2, 0]),
+        ({"sigma_sched": torch.tensor([8.0, 2.0, 0.0])}, [8, 2, 0]),
+        ({"timesteps": torch.tensor([1, 501, 901])}, [901, 501, 1]),
+        ({"n": 2, "sigma_min": torch.tensor(0.1), "sigma_max": 10.0}, [10, 1, 0.1]),
+    ],
+)
+def test_levels_of_a_pass(sampling: Any, arguments: dict, levels: list[float]) -> None:
+    assert sampling.levels_of(arguments, 2) == pytest.approx(levels)
+
+
+def test_levels_are_told_and_the_samplers_function_comes_back(sampling: Any) -> None:
+    def function(model: Any, x: Any, sigmas: torch.Tensor) -> Any:
+        return x
+
+    sampler = SimpleNamespace(func=function, model_wrap_cfg=SimpleNamespace(steps=2))
+    fusion = sampling.FusionSession(FusionSettings(freeu="Auto", freeu_start=0.5))
+    with sampling.told_levels(sampler, fusion):
+        assert sampler.func(None, 5, sigmas=torch.tensor([8.0, 2.0, 0.0])) == 5
+    assert sampler.func is function
+    assert fusion.levels == [8, 2, 0]
+    with sampling.told_levels(sampler, sampling.FusionSession(FusionSettings())):
+        assert sampler.func is function
+
+
+@pytest.mark.parametrize(
+    ("key", "freeu", "told"),
+    [("FreeU Stages", "Auto", 1), ("freeu_enabled", "Auto", 1), ("FreeU Stages", "Off", 0), ("Model", "Auto", 0)],
+)
+def test_another_freeu_is_told_once(sampling: Any, key: str, freeu: str, told: int) -> None:
+    """By what others write into the infotext: sd-webui-freeu, and the one built into Forge."""
+    from lib_fusion.webui import script
+
+    comments: dict[str, int] = {}
+    p = SimpleNamespace(extra_generation_params={key: "x"}, comment=lambda text: comments.update({text: 1}))
+    job = script.Job(FusionSettings(freeu=freeu))
+    for _ in range(2):  # both passes of a picture
+        script._tell(p, job, {"refined": False})
+    assert len(comments) == told

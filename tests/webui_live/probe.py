@@ -3,9 +3,12 @@
 import hashlib
 import inspect
 
-from modules import script_callbacks, sd_models, shared
+import torch
+from ldm.modules.diffusionmodules.util import GroupNorm32
+from modules import devices, script_callbacks, sd_models, sd_unet, shared
 
 armed = {}
+armed_norm = []
 
 
 def state():
@@ -51,6 +54,39 @@ def arm(what: str, step: int = 1):
     return {}
 
 
+def half(on: bool):
+    """As with --upcast-sampling: the U-Net computes in half precision, here bfloat16, which a CPU can.
+
+    The group norms stay in float32, as the host keeps them then where there is CUDA.
+    """
+    norm = GroupNorm32
+    if on:
+        armed_norm.append(norm.forward)
+        norm.forward = lambda self, x: armed_norm[0](self.float(), x)
+    elif armed_norm:
+        norm.forward = armed_norm.pop()
+    devices.dtype_unet = torch.bfloat16 if on else torch.float32
+    devices.unet_needs_upcast = on
+    unet = shared.sd_model.model.diffusion_model
+    unet.to(devices.dtype_unet)
+    unet.dtype = devices.dtype_unet
+    return {}
+
+
+class ProbeEngine(sd_unet.SdUnet):
+    """A U-Net engine as TensorRT's is one: the host's U-Net is not asked any more."""
+
+    def forward(self, x, timesteps, context, *args, **kwargs):
+        return torch.zeros_like(x)
+
+
+class ProbeEngineOption(sd_unet.SdUnetOption):
+    label = "[probe] engine"
+
+    def create_unet(self):
+        return ProbeEngine()
+
+
 def signatures(names: str):
     """Signatures of things in ``modules``, as ``module:attribute.attribute``, comma-separated."""
     import importlib
@@ -88,9 +124,10 @@ def on_step(params):
 
 
 def add_routes(_, app):
-    for name, handler in {"state": state, "fusion": fusion, "arm": arm, "signatures": signatures}.items():
+    for name, handler in {"state": state, "fusion": fusion, "arm": arm, "half": half, "signatures": signatures}.items():
         app.add_api_route(f"/probe/{name}", handler, methods=["GET"])
 
 
 script_callbacks.on_app_started(add_routes)
 script_callbacks.on_cfg_denoiser(on_step)
+script_callbacks.on_list_unets(lambda unets: unets.append(ProbeEngineOption()))

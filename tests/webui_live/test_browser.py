@@ -95,6 +95,18 @@ def test_a_first_user(page: Any, client: Client, names: Names) -> None:
     assert f"Fusion expert 1 checkpoint: {names.expert}.safetensors" in text
     assert "Fusion method: SNB" in text
     assert page.locator("#txt2img_gallery img").count() > 0
+    title = page.locator(f"{PANEL.format(tab='txt2img')}_enable .label-wrap").first
+    assert f"SNB: {names.expert}" in title.inner_text()
+    page.wait_for_function(
+        "([panel, name]) => document.querySelector(`${panel}_memory`).innerText.startsWith(`Loaded: ${name} (`)",
+        arg=[PANEL.format(tab="txt2img"), names.expert],
+    )  # fmt: skip
+    title.locator("input").click()
+    page.wait_for_function(
+        "panel => !document.querySelector(`${panel}_enable .denoiser-fusion-badge`).textContent",
+        arg=PANEL.format(tab="txt2img"),
+    )  # fmt: skip
+    title.locator("input").click()
     page.locator("#txt2img_send_to_img2img").click()
     panel = PANEL.format(tab="img2img")
     page.locator(f"{panel}_expert1_checkpoint").wait_for(state="visible")

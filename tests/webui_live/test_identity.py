@@ -96,3 +96,26 @@ def test_other_architectures(client: Client, kind: str, sampler: str) -> None:
 def test_sdxl_hires(client: Client) -> None:
     off = client.draw(model="tiny_xl", **HIRES)
     assert client.draw(expert("tiny_xl_copy"), model="tiny_xl", **HIRES).same_as(off)
+
+
+def test_fp8_weights(client: Client, names: Names) -> None:
+    """An expert is rounded as the host rounds it, and one that was loaded before is not used as it was."""
+    alone = expert(names.expert, snb_window=[0, 0], snb_outside="expert")
+    whole = client.draw(alone)
+    with client.settings({"fp8_storage": "Enable"}):
+        rounded = client.draw(model=names.expert)
+        assert client.draw(alone, model=names.base).same_as(rounded)
+    assert not rounded.same_as(whole)
+    client.draw(model="tiny_a")  # the host rounds more than the weights, and mends it only by building a model anew
+    assert client.draw(alone, model=names.base).same_as(whole)
+
+
+def test_half_precision_with_upcast(client: Client, names: Names) -> None:
+    whole = client.draw(model=names.base)
+    client.ask("/probe/half", on=True)
+    try:
+        off = client.draw()
+        assert client.draw(expert(names.copy)).same_as(off)
+    finally:
+        client.ask("/probe/half", on=False)
+    assert not off.same_as(whole)

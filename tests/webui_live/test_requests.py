@@ -49,6 +49,15 @@ def test_more_than_one_argument_is_refused(client: Client) -> None:
         client.draw(args=[expert("tiny_b"), 5])
 
 
+def test_another_unet_engine_is_refused(client: Client, names: Names) -> None:
+    with client.settings({"sd_unet": "[probe] engine"}):
+        engine = client.draw()
+        with pytest.raises(RefusedError, match=r"^422: SD Unet: '\[probe\] engine' is not allowed"):
+            client.draw(expert(names.expert))
+        assert client.draw().same_as(engine)
+    assert not client.draw().same_as(engine)
+
+
 def test_off_is_off(client: Client, names: Names) -> None:
     off = client.draw()
     assert client.draw(expert(names.expert, enabled=False)).same_as(off)
