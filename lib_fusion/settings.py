@@ -345,6 +345,12 @@ class FusionSettings(_Rows):
         """Whether a file of trained aggregators has to be there."""
         return self.method == "AFA" and self.afa_maps == "trained"
 
+    @property
+    def only_model(self) -> int:
+        """The model that AFA's maps leave alone: 0 the base, 1 the first expert; 0 too where they leave all."""
+        last = self.afa_maps.rpartition(" ")[2]
+        return int(last) if last.isdigit() else 0
+
     def to_dict(self) -> dict[str, Any]:
         """The values as JSON, as ``from_dict`` takes them."""
         rows = {row.key: getattr(self, row.key) for row in PARAMETERS}
@@ -354,7 +360,8 @@ class FusionSettings(_Rows):
     @property
     def is_idle(self) -> bool:
         """Whether nothing is asked for, so that there is nothing to do."""
-        return not self.experts and self.freeu == "Off"
+        names_experts = self.needs_aggregator and bool(self.afa_aggregator)
+        return not self.experts and not names_experts and self.freeu == "Off"
 
     def in_window(self, timestep: float) -> bool:
         """Whether the models are fused at this timestep: ``start >= t > end``, and down to 0 where the end is 0."""

@@ -141,7 +141,7 @@ class Engine:
         if len(set(predictions)) > 1:
             raise SettingError("method", "AFA", f"its models must predict the same, these predict {predictions}")
         if not fusion.needs_aggregator:
-            if afa_model(fusion) >= len(models):
+            if fusion.only_model >= len(models):
                 raise SettingError("afa_maps", fusion.afa_maps, f"allowed: one of the {len(models)} models")
         elif not fusion.afa_aggregator:
             raise SettingError("afa_aggregator", "", "allowed: a file of trained aggregators; maps uniform need none")
@@ -159,7 +159,7 @@ class Engine:
         if fusion.afa_maps == "uniform":
             aggregators = afa.uniform(len(models)).to(self.device)
         elif not fusion.needs_aggregator:
-            aggregators = afa.one_hot(len(models), afa_model(fusion)).to(self.device)
+            aggregators = afa.one_hot(len(models), fusion.only_model).to(self.device)
         return Lockstep(models[0].unet, [model.unet for model in models[1:]], aggregators)
 
     def denoise(
@@ -259,12 +259,6 @@ def _alpha_at(t: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
 
 def _mask_of(record: MaskRecord, picture: int) -> tuple[float, torch.Tensor]:
     return record.timestep, record.winner[picture, 0]
-
-
-def afa_model(fusion: FusionSettings) -> int:
-    """The model that AFA's maps leave alone: 0 the base, 1 the first expert; 0 where they leave all."""
-    last = fusion.afa_maps.rpartition(" ")[2]
-    return int(last) if last.isdigit() else 0
 
 
 def single(fusion: FusionSettings, model: int) -> FusionSettings:
