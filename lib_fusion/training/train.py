@@ -30,6 +30,8 @@ from lib_fusion.training.settings import TrainingSettings
 from lib_fusion.unet.lockstep import sizes_for
 
 LOG, STATE = "log.csv", "state.pt"
+#: What may be other when a run goes on: it may be made longer.
+CHANGEABLE = ("steps", "save_every")
 COLUMNS = ("step", "loss", "learning_rate", "seconds")
 #: Losses that the mean told to people, and kept in the file's card, is taken over.
 WINDOW = 100
@@ -69,7 +71,7 @@ def train(
     """Trains on the cache in ``folder`` and writes the aggregator file ``out``; beside it, ``out``.run is kept.
 
     ``init``: an aggregator file of the same sizes to begin with, also one of other models. A run whose folder is there
-    goes on where its last state was saved. Raises FusionError for anything that can't be.
+    goes on where its last state was saved, also to more steps than before. Raises FusionError for anything that can't be.
     """
     s, out = settings, Path(out)
     if out.suffix != ".safetensors":
@@ -148,7 +150,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
         self.ema = {k: v.detach().clone() for k, v in aggregators.state_dict().items()} if settings.ema else None
         self.step, self.seconds = 0, 0.0
-        self.identity = {"settings": asdict(settings), "models": [asdict(model) for model in models],
+        fixed = {key: value for key, value in asdict(settings).items() if key not in CHANGEABLE}
+        self.identity = {"settings": fixed, "models": [asdict(model) for model in models],
                          "pictures": pictures}  # fmt: skip
         self.losses: list[float] = []
         self._resume()

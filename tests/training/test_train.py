@@ -81,6 +81,13 @@ def test_the_experts_are_frozen(data):
     assert not any(p.requires_grad for unet in unets for p in unet.parameters())
 
 
+def test_goes_on_to_more_steps(tmp_path, data, finished):
+    out = tmp_path / "x.safetensors"
+    train(data.cache, MODELS, out, replace(QUICK, steps=4))
+    train(data.cache, MODELS, out, QUICK)
+    assert losses(out) == losses(finished)
+
+
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_resumes_exactly(tmp_path, data, finished, stop, monkeypatch):
     """Stopped after any step, also one that was not saved, it repeats what an unbroken run does."""
