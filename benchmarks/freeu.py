@@ -2,8 +2,7 @@
 
 Ratios within one run, so that they hold on a busy machine. A pair is a U-Net forward without FreeU and one with it, in
 alternating order; told are the median of the pairs' ratios, and the part of a forward that was spent inside FreeU,
-which a neighbour's load touches least. On one thread it is the processor's time that is told, not the clock's.
-SD1.5's sizes have random weights: time does not depend on them.
+which a neighbour's load touches least. SD1.5's sizes have random weights: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -36,11 +35,6 @@ DEMO_STAGES = {1: Stage(1.2, 0.9)}
 REPEATS = 20
 
 
-def now() -> float:
-    """Seconds; with one thread those of this process alone."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
-
-
 class Clock:
     """Adds up the seconds spent in what it wraps."""
 
@@ -49,11 +43,11 @@ class Clock:
 
     def timed(self, function: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
-            began = now()
+            began = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += now() - began
+                self.seconds += time.perf_counter() - began
 
         return call
 
@@ -65,9 +59,9 @@ def measure(forward: Callable[[], object], switch: Callable[[bool], None], clock
     def run(active: bool) -> None:
         switch(active)
         clock.seconds = 0.0
-        began = now()
+        began = time.perf_counter()
         forward()
-        seconds = now() - began
+        seconds = time.perf_counter() - began
         (on if active else off).append(seconds)
         if active:
             inside.append(clock.seconds / (seconds - clock.seconds))
@@ -89,15 +83,14 @@ def bench_ours(unet: nn.Module, stages: dict[int, Stage], inputs: tuple, pairs: 
     decoder = read_layout(unet).decoder
     records = {}
     for version in (1, 2):
-        clock, hooks = Clock(), []
+        clock, hooks, freeu = Clock(), [], FreeU(stages, version)  # as in a pass: one for all of its steps
+        freeu.strength = 1.0
+        freeu.edit_ = clock.timed(freeu.edit_)
 
-        def switch(active: bool, version: int = version, clock: Clock = clock, hooks: list = hooks) -> None:
+        def switch(active: bool, hooks: list = hooks, freeu: FreeU = freeu) -> None:
             while hooks:
                 hooks.pop().remove()
             if active:
-                freeu = FreeU(stages, version)
-                freeu.strength = 1.0
-                freeu.edit_ = clock.timed(freeu.edit_)
                 hooks.append(attach_freeu(decoder, freeu))
 
         records[f"ours, version {version}"] = measure(lambda: unet(*inputs), switch, clock, pairs)
@@ -125,10 +118,10 @@ def bench_filter(rows: int, pairs: int) -> dict[str, dict]:
         band = LowBand.like(maps, 0.0)
 
         def seconds(function: Callable[[], object], times: int) -> float:
-            began = now()
+            began = time.perf_counter()
             for _ in range(times):
                 function()
-            return (now() - began) / times
+            return (time.perf_counter() - began) / times
 
         def ours(maps: torch.Tensor = maps, band: LowBand = band) -> None:
             filter_skip_(maps, 0.999, band=band)
