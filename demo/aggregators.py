@@ -18,13 +18,9 @@ from PIL import Image
 from demo.concepts import CATEGORIES, CATEGORY_OF, CONCEPTS, LAYOUTS, STYLES, is_held_out, scene_caption, single_caption
 from demo.data import render
 from lib_fusion.__main__ import main as command
+from lib_fusion.engine.demo import ENSEMBLES
 
 HERE = Path(__file__).resolve().parent
-#: File name -> its experts, the base first.
-ENSEMBLES = {
-    "afa-animals-vehicles": ("animals", "vehicles"),
-    "afa-animals-vehicles-food": ("animals", "vehicles", "food"),
-}
 TRAINING_SCENES, HELD_OUT_SCENES = 1200, 96
 #: Share of the training batches that are single objects.
 SINGLES = 0.4

@@ -71,7 +71,7 @@ def train(
     """Trains on the cache in ``folder`` and writes the aggregator file ``out``; beside it, ``out``.run is kept.
 
     ``init``: an aggregator file of the same sizes to begin with, also one of other models. A run whose folder is there
-    goes on where its last state was saved, also to more steps than before. Raises FusionError for anything that can't be.
+    goes on where its last state was saved, also to more steps than before. Raises FusionError where it can't.
     """
     s, out = settings, Path(out)
     if out.suffix != ".safetensors":

@@ -138,7 +138,7 @@ class Lockstep:
         )
         if self.on_maps is not None:
             self.on_maps(index, maps)
-        # In the memory layout of the base's output, by which kernels are chosen: one model alone stays itself to the bit.
+        # In the memory layout of the base's output, by which kernels are chosen: a model alone stays what it is.
         return torch.empty_like(outputs[0]).copy_(aggregate)
 
     def _block_hook(self, index: int) -> Callable[..., torch.Tensor | None]:
