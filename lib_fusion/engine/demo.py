@@ -64,7 +64,8 @@ def make_sheet(
         }
         cells: list[Image.Image] = []
         for method, (names, settings) in methods.items():
-            run = engine_of(*names).generate(generation, settings, keep_masks=method == "SNB (paper)", progress=progress)
+            keep_masks = method == "SNB (paper)"
+            run = engine_of(*names).generate(generation, settings, keep_masks=keep_masks, progress=progress)
             cells.append(run.pictures[0].image)
             if run.pictures[0].masks:
                 masks = run.pictures[0].masks
@@ -77,8 +78,8 @@ def make_sheet(
         rows.append((f"{prompt}  (base: {base}, expert: {expert})", cells))
     columns = [*methods, *(f"mask at t = {t:.0f}" for t, _ in shown)]
     sheet(rows, columns, out, "Two checkpoints, one picture",
-          "AFA: with the trained aggregators of demo/, in the last two rows of all three experts. Masks of SNB (paper): "
-          "orange where the noise is the expert's. Held: the mask of the first steps is kept.")
+          "AFA: by trained aggregators; in the last two rows, of all three experts. Masks of SNB (paper): orange where "
+          "the noise is the expert's. Held: the mask of the first steps is kept.")
     return {"sheet": str(out), "scenes": [list(scene) for scene in SCENES], "steps": steps, "seed": seed,
             "fusion": asdict(snb), "runs": list(runs.values())}  # fmt: skip
 
