@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lib_fusion.__main__ import main
-from lib_fusion.aggregators import Card, model_of, save_aggregators
+from lib_fusion.aggregators import Card, model_of, read_card, save_aggregators
+from lib_fusion.engine.demo import ENSEMBLES
 from lib_fusion.engine.generate import Engine, single
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.session import FusionSession
@@ -62,6 +63,14 @@ def test_untrained_aggregators_are_uniform(pair, tmp_path):
     told = replace(AFA, afa_aggregator=make_file(tmp_path, ANIMALS, VEHICLES, random=False))
     assert relative_error(latents(pair, told), latents(pair, UNIFORM)) < 1e-4
     assert (latents(pair, UNIFORM) - latents(pair, replace(AFA, method="Average"))).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("file", ENSEMBLES)
+def test_the_demos_files_belong_to_its_checkpoints(file):
+    card = read_card(DEMO / f"{file}.safetensors")
+    card.check([model_of(DEMO / f"{name}.safetensors") for name in ENSEMBLES[file]])
+    assert card.training["steps"] > 100
+    assert (DEMO / f"{file}.safetensors").stat().st_size < 300_000
 
 
 def test_window_and_counts(pair):
