@@ -1,4 +1,4 @@
-// The panel's title says what is on, and the memory line is renewed when a generation has ended.
+// The panel's title says what is on, Compare presses Generate, and the memory line is renewed after each generation.
 
 (function() {
     const PANEL = tab => `#script_${tab}_denoiser_fusion_`;
@@ -47,10 +47,27 @@
         if (button) button.click();
     }
 
+    // One press of Generate with the comparison's switch on.
+    function setupCompare(tab) {
+        const button = find(tab, 'compare_button');
+        const input = gradioApp().querySelector(PANEL(tab) + 'compare input');
+        if (!button || !input) return;
+        const set = function(on) {
+            input.checked = on;
+            updateInput(input);
+        };
+        button.addEventListener('click', function() {
+            set(true);
+            setTimeout(() => gradioApp().querySelector(`#${tab}_generate`).click(), 100);
+            setTimeout(() => set(false), 1000);
+        });
+    }
+
     onUiLoaded(function() {
         for (const tab of ['txt2img', 'img2img']) {
             // Presets and pasted settings change values without an event, so the title looks for itself.
             setInterval(() => showSummary(tab), 500);
+            setupCompare(tab);
             const log = gradioApp().querySelector(`#html_log_${tab}`);
             if (log) new MutationObserver(() => renewMemory(tab)).observe(log, {childList: true, subtree: true});
         }

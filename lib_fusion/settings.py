@@ -227,6 +227,10 @@ PARAMETERS: tuple[Parameter, ...] = (
 
 #: The panel's own switch; what the API gives is on unless it says otherwise.
 ENABLED = Parameter("enabled", "bool", True, "enabled", "Whether anything is done at all.", where=("panel",))
+#: What the panel's button asks for; it is about a run, so it is in no infotext, preset or plot.
+COMPARE = Parameter("compare", "bool", False, "compare",
+                    "Draw the base and every expert alone, too, with the same seeds, and put all in one grid.",
+                    where=("panel",))  # fmt: skip
 
 #: How many experts the panel and the API take.
 MAX_EXPERTS = 3

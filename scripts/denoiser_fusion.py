@@ -19,6 +19,9 @@ class DenoiserFusionScript(scripts.Script):
         self.paste_field_names = built.paste_field_names
         return built.inputs
 
+    def before_process(self, p, *args):
+        script.before(p, args)
+
     def process(self, p, *args):
         script.begin(p, args)
 

@@ -17,7 +17,7 @@ from modules import infotext_utils, paths, sd_models, shared, ui_common, ui_comp
 from lib_fusion import infotext
 from lib_fusion.errors import FusionError
 from lib_fusion.infotext import Field
-from lib_fusion.settings import FREEU_AUTO, FREEU_PUBLISHED, FREEU_PUBLISHED_ROWS, FREEU_STAGES, MAX_EXPERTS
+from lib_fusion.settings import COMPARE, FREEU_AUTO, FREEU_PUBLISHED, FREEU_PUBLISHED_ROWS, FREEU_STAGES, MAX_EXPERTS
 from lib_fusion.webui import aggregators, experts, presets, request
 from lib_fusion.webui.runtime import runtime
 from lib_fusion.webui.sampling import PLACES, PREVIEW_OPTION
@@ -67,11 +67,11 @@ def build(elem_id: Callable[[str], str]) -> Built:
                 place("passes", "refiner")
         inputs = [control for element in fields for control in controls[element]]
         build_presets(inputs, elem_id)
-        build_memory(elem_id)
+        compare = build_foot(elem_id)
 
     pastes = [Paste(), *(Paste(field, part) for field in fields.values() for part in range(field.width))]
     pasted = [infotext_utils.PasteField(control, paste) for control, paste in zip([enabled, *inputs], pastes)]
-    return Built([enabled, *inputs], pasted, pastes)
+    return Built([enabled, *inputs, compare], pasted, pastes)
 
 
 def build_experts(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
@@ -186,7 +186,7 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
 
     def on_save(name: str, *values: Any) -> list[Any]:
         settings = request.panel_to_dict([True, *values])
-        settings.pop("enabled")
+        del settings["enabled"], settings["compare"]
         return act(lambda: store.save(name, settings), f"Saved: {name}")
 
     def act(do: Callable[[], None], done: str) -> list[Any]:
@@ -203,11 +203,18 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
     refresh.click(lambda: act(lambda: None, ""), outputs=[chosen, told], show_progress=False)
 
 
-def build_memory(elem_id: Callable[[str], str]) -> None:
-    """How much the kept experts take, and a button that frees it."""
+def build_foot(elem_id: Callable[[str], str]) -> Any:
+    """How much the kept experts take, a button that frees it, and one that compares.
+
+    Returned is the comparison's switch, which the page sets for one press of *Generate*.
+    """
     with gr.Row(elem_classes=["denoiser-fusion-row", "denoiser-fusion-memory"]):
         shown = gr.HTML(runtime.describe_memory, elem_id=elem_id("memory"), elem_classes=["denoiser-fusion-told"])
         look = tool("🔄", "Show the memory in use", elem_id("memory_refresh"))
+        gr.Button("Compare", size="sm", elem_id=elem_id("compare_button"), tooltip=COMPARE.help)
+        compare = gr.Checkbox(label="Compare", value=False, elem_id=elem_id(COMPARE.key),
+                              elem_classes=["denoiser-fusion-hidden"])  # fmt: skip
+        compare.do_not_save_to_config = True
         free = gr.Button("Free memory", size="sm", elem_id=elem_id("free"),
                          tooltip="Unload the experts; the next generation loads what it needs again.")  # fmt: skip
 
@@ -217,6 +224,7 @@ def build_memory(elem_id: Callable[[str], str]) -> None:
 
     look.click(runtime.describe_memory, outputs=[shown], show_progress=False)
     free.click(on_free, outputs=[shown], show_progress=False)
+    return compare
 
 
 def make_controls(field: Field, elem_id: Callable[[str], str]) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from lib_fusion.errors import SettingError
 from lib_fusion.infotext import NO_CHECKPOINT, list_fields, panel_default
 from lib_fusion.settings import (
+    COMPARE,
     ENABLED,
     EXPERT_PARAMETERS,
     FREEU_CUSTOM,
@@ -26,24 +27,28 @@ def allowed_choices(row: Parameter) -> tuple[str, ...]:
 
 
 def default_values() -> list[Any]:
-    """The panel's values as it opens: off, and the table's defaults."""
+    """The panel's values as it opens: off, the table's defaults, and no comparison."""
     values: list[Any] = [False]
     for field in list_fields():
         values += list(field.row.default) if field.width == 2 else [panel_default(field)]
-    return values
+    return [*values, COMPARE.default]
+
+
+def values_of(args: Sequence[Any]) -> Mapping[str, Any]:
+    """The API dict of a script's arguments: one dict (the API's), or the panel's values; raises SettingError."""
+    if not args or not isinstance(args[0], Mapping):
+        return panel_to_dict(args)
+    if not _is_default(args[1:]):
+        raise SettingError("args", "a list with more than one thing in it", "allowed: one object of settings")
+    return args[0]
 
 
 def read_args(args: Sequence[Any], axes: Mapping[str, Any] | None = None) -> FusionSettings | None:
-    """Settings from a script's arguments: one dict (the API's), or the panel's values. None where it is off.
+    """Settings from a script's arguments; None where it is off.
 
     ``axes``: values that a cell of an X/Y/Z plot sets, by the fields' elements; they also switch it on.
     """
-    if args and isinstance(args[0], Mapping):
-        if not _is_default(args[1:]):
-            raise SettingError("args", "a list with more than one thing in it", "allowed: one object of settings")
-        values = args[0]
-    else:
-        values = panel_to_dict(args)
+    values = values_of(args)
     return read_dict(put_axes(values, axes) if axes else values)
 
 
@@ -70,7 +75,8 @@ def read_dict(values: Mapping[str, Any]) -> FusionSettings | None:
     for key, value in values.items():
         if key not in known:
             raise SettingError(str(key), value, f"no such setting; there are: {', '.join(known)}")
-    rest = {key: value for key, value in values.items() if key != ENABLED.key}
+    COMPARE.read(values.get(COMPARE.key, False))
+    rest = {key: value for key, value in values.items() if key not in (ENABLED.key, COMPARE.key)}
     settings = FusionSettings.from_dict(rest)
     for key, withheld in WITHHELD.items():
         if getattr(settings, key) in withheld:
@@ -100,6 +106,7 @@ def panel_to_dict(args: Sequence[Any]) -> dict[str, Any]:
         value = [values.pop(0) for _ in range(field.width)]
         target = result if field.expert is None else experts[field.expert]
         target[field.row.key] = value if field.width == 2 else value[0]
+    result[COMPARE.key] = values.pop(0)
     result["experts"] = [expert for expert in experts if expert["checkpoint"] not in NO_CHECKPOINT]
     if result["freeu"] != "Custom":
         result = {key: value for key, value in result.items() if key not in {row.key for row in FREEU_CUSTOM}}
@@ -133,7 +140,7 @@ def write_schema() -> dict[str, Any]:
         "type": "array", "maxItems": MAX_EXPERTS, "description": "The experts, in order.",
         "items": {"type": "object", "properties": expert, "required": ["checkpoint"], "additionalProperties": False},
     }  # fmt: skip
-    rows = [ENABLED, *(row for row in PARAMETERS if "panel" in row.where)]
+    rows = [ENABLED, COMPARE, *(row for row in PARAMETERS if "panel" in row.where)]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Denoiser Fusion",

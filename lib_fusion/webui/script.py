@@ -9,15 +9,17 @@ from typing import Any
 from lib_fusion.errors import FusionError
 from lib_fusion.infotext import infotext_keys, write_infotext
 from lib_fusion.session import MaskRecord
-from lib_fusion.settings import FusionSettings
-from lib_fusion.webui import gallery, sampling, xyz
+from lib_fusion.settings import COMPARE, FusionSettings
+from lib_fusion.webui import compare, gallery, sampling, xyz
 from lib_fusion.webui.aggregators import complete
 from lib_fusion.webui.experts import find_checkpoint
 from lib_fusion.webui.refusal import RequestRefusedError
-from lib_fusion.webui.request import read_args
+from lib_fusion.webui.request import read_args, values_of
 from lib_fusion.webui.runtime import runtime
 
 ATTRIBUTE = "_denoiser_fusion"
+#: On a request that is to be compared: what it was before the host changed it.
+KEPT = "_denoiser_fusion_kept"
 
 
 @dataclass
@@ -46,6 +48,17 @@ class Job:
         self.masks[-1] += record["masks"]
 
 
+def before(p: Any, args: Sequence[Any]) -> None:
+    """Before the host changes the request: keeps it, where a comparison is asked for."""
+    p.__dict__.pop(KEPT, None)
+    try:
+        asked = COMPARE.read(values_of(args).get(COMPARE.key, False))
+    except FusionError:
+        return  # told by ``begin``
+    if asked and not hasattr(p, compare.OVERRIDE):
+        setattr(p, KEPT, compare.keep_request(p))
+
+
 def begin(p: Any, args: Sequence[Any]) -> None:
     """Reads the request and writes its infotext. Never raises: the host would go on without the effect."""
     runtime.drop_leftovers()
@@ -54,7 +67,10 @@ def begin(p: Any, args: Sequence[Any]) -> None:
     job = Job()
     setattr(p, ATTRIBUTE, job)
     try:
-        job.settings = read_args(args, getattr(p, xyz.ATTRIBUTE, None))
+        if hasattr(p, compare.OVERRIDE):
+            job.settings = getattr(p, compare.OVERRIDE)
+        else:
+            job.settings = read_args(args, getattr(p, xyz.ATTRIBUTE, None))
         if job.settings is not None:
             job.settings = complete(job.settings)
             infos = [
@@ -96,7 +112,12 @@ def end(p: Any, processed: Any) -> None:
     """All pictures are there: shows how they came about, where that is wanted."""
     runtime.drop_leftovers()
     job: Job | None = getattr(p, ATTRIBUTE, None)
-    if job is not None and any(job.masks):
+    if job is None or job.settings is None:
+        return
+    kept = getattr(p, KEPT, None)
+    if kept is not None:
+        compare.add_comparison(p, processed, kept, job.settings, job.names)
+    if any(job.masks):
         gallery.add_masks(p, processed, job.masks, ["base", *job.names])
 
 

@@ -131,7 +131,10 @@ SIGNATURES: dict[str, Any] = {
 PRESENT = ("modules.sd_models:checkpoint_aliases", "modules.sd_models:checkpoints_list", "modules.sd_unet:current_unet",
            "modules.sd_hijack:model_hijack.circular_enabled", "modules.devices:dtype_unet", "modules.devices:cpu",
            "modules.sd_samplers_timesteps:CFGDenoiserTimesteps", "modules.shared:opts.data",
-           "modules.sd_models_xl:get_learned_conditioning")  # fmt: skip
+           "modules.sd_models_xl:get_learned_conditioning", "modules.processing:process_images",
+           "modules.processing:get_fixed_seed", "modules.images:save_image", "modules.images:image_grid",
+           "modules.images:draw_grid_annotations", "modules.images:GridAnnotation",
+           "modules.images:get_font")  # fmt: skip
 
 
 def composed(states: torch.Tensor, weights: tuple[float, ...] | None = None) -> SimpleNamespace:
@@ -154,7 +157,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "sd_hijack": {"model_hijack": SimpleNamespace(circular_enabled=False)},
         "sd_samplers_timesteps": {"CFGDenoiserTimesteps": CFGDenoiserTimesteps},
         "sd_disable_initialization": {}, "sd_models_config": {}, "sd_models_xl": {}, "lowvram": {},
-        "extra_networks": {}, "prompt_parser": {}, "images": {}, "paths": {"models_path": "models"},
+        "extra_networks": {}, "prompt_parser": {}, "images": {}, "processing": {},
+        "paths": {"models_path": "models"},
     }  # fmt: skip
     for name in SIGNATURES:
         module, _, path = name.removeprefix("modules.").partition(":")

@@ -48,7 +48,8 @@ def test_every_row_has_a_control_and_a_schema_entry() -> None:
     labels = [field.label for field in infotext.list_fields()]
     assert len(labels) == len(set(labels))
     properties = request.write_schema()["properties"]
-    assert set(properties) == {"experts", "enabled"} | {row.key for row in PARAMETERS if "panel" in row.where}
+    rows = {row.key for row in PARAMETERS if "panel" in row.where}
+    assert set(properties) == {"experts", "enabled", "compare"} | rows
     assert set(properties["experts"]["items"]["properties"]) == {row.key for row in EXPERT_PARAMETERS}
 
 

@@ -29,11 +29,15 @@ class RefusedError(Exception):
 
 @dataclass
 class Pictures:
-    """The answer to one generation: pixels uint8 (H,W,3) of each picture, and their infotexts."""
+    """The answer to one generation: pixels uint8 (H,W,3) of each picture, and their infotexts.
+
+    ``first`` is what the host has put before the pictures, a grid.
+    """
 
     pixels: list[np.ndarray]
     infotexts: list[str]
     params: dict[str, Any] = field(default_factory=dict)
+    first: np.ndarray | None = None
 
     def same_as(self, other: Pictures) -> bool:
         pairs = list(zip(self.pixels, other.pixels))
@@ -70,7 +74,8 @@ class Client:
         info = json.loads(answer["info"])
         start = info["index_of_first_image"]
         pixels = [decode(text) for text in answer["images"]]
-        return Pictures(pixels[start:], info["infotexts"][start:], info["extra_generation_params"])
+        first = pixels[0] if start else None
+        return Pictures(pixels[start:], info["infotexts"][start:], info["extra_generation_params"], first)
 
     def settings(self, values: dict) -> _Settings:
         return _Settings(self, values)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from tests.webui_live.client import TITLE, Client, RefusedError, decode, expert
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import Host
+from tests.webui_live.test_browser import PANEL, SECONDS, browser, choose, generate, page, prepare  # noqa: F401
 from tests.webui_live.test_requests import panel_args, without_seconds
 
 ALONE = {"snb_window": [0, 0], "snb_outside": "expert"}
@@ -168,3 +170,19 @@ def test_refused(client: Client, files: Path, fusion: dict, says: str) -> None:
 def test_wrong_order(client: Client, files: Path) -> None:
     with pytest.raises(RefusedError, match=r"in the order tiny_a, tiny_b \(base first\), not tiny_b, tiny_a"):
         client.draw(expert("tiny_a", **afa("pair")), model="tiny_b")
+
+
+def test_choosing_a_file_chooses_method_and_experts(page: Any, client: Client, files: Path) -> None:  # noqa: F811
+    client.draw(model="tiny_a")
+    panel = PANEL.format(tab="txt2img")
+    prepare(page, "a cat")
+    page.locator(f"{panel}_enable .label-wrap").first.click()
+    page.locator(f"{panel}_tabs button", has_text="AFA").click()
+    page.locator(f"{panel}_afa_refresh").click()
+    page.wait_for_timeout(SECONDS)
+    choose(page, f"{panel}_afa_aggregator", "pair")
+    page.wait_for_function(f"document.querySelector('{panel}_afa_told').innerText.startsWith('tiny_a + tiny_b (sd1')")
+    text = generate(page)
+    assert "Fusion method: AFA" in text
+    assert "Fusion aggregator: pair" in text
+    assert "Fusion expert 1 checkpoint: tiny_b.safetensors" in text

@@ -13,6 +13,7 @@ import pytest
 from tests.webui_live.client import Client
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import Host
+from tests.webui_live.test_lifecycle import reload_ui
 
 SECONDS = 1000
 PANEL = "#script_{tab}_denoiser_fusion"
@@ -141,6 +142,24 @@ def test_presets_and_memory(page: Any, client: Client, host: Host, names: Names)
     page.wait_for_function(f"document.querySelector('{panel}_memory').innerText == 'No expert is loaded.'")
 
 
+def test_compare(page: Any, client: Client, names: Names) -> None:
+    prepare(page)
+    enable(page, names.expert)
+    panel = PANEL.format(tab="txt2img")
+    info = page.locator("#html_info_txt2img").first
+    page.locator(f"{panel}_compare_button").click()
+    shown = "new Set([...document.querySelectorAll('#txt2img_gallery img')].map(image => image.src)).size"
+    page.wait_for_function(f"{shown} == 2")
+    page.wait_for_function("document.querySelector('#html_info_txt2img').innerText.includes('Fusion method: SNB')")
+    before = info.inner_text()
+    assert not page.locator(f"{panel}_compare input").is_checked()
+    page.locator("#txt2img_seed input").fill("2")
+    generate(page)
+    assert info.inner_text() != before
+    page.wait_for_function(f"{shown} == 1")
+    page.screenshot(path="/tmp/cmp1.png")
+
+
 def test_reload(page: Any, client: Client, host: Host, names: Names) -> None:
     page.evaluate("document.querySelector('#settings_restart_gradio').click()")
     host.wait()
@@ -169,8 +188,27 @@ def take_screenshot(browser: Any, host: Host, names: Names, theme: str) -> None:
     page.wait_for_timeout(SECONDS)
     if theme == "dark":
         page.locator(f"{PANEL.format(tab='txt2img')}_tabs button", has_text="Blend").click()
+    shoot(page, host, theme)
+    page.close()
+
+
+def shoot(page: Any, host: Host, name: str) -> None:
     page.locator(f"{PANEL.format(tab='txt2img')}_enable").scroll_into_view_if_needed()
     folder = Path(__file__).parents[2] / "docs" if os.environ.get("SCREENSHOTS") else host.data
     folder.mkdir(exist_ok=True)
-    page.screenshot(path=folder / f"webui-{theme}.png")
-    page.close()
+    page.screenshot(path=folder / f"webui-{name}.png")
+
+
+def test_in_chinese(browser: Any, client: Client, host: Host, names: Names) -> None:
+    with client.settings({"localization": "zh_CN"}):
+        reload_ui(client, host)
+        page = open_page(browser, host, "light")
+        prepare(page)
+        enable(page, names.expert)
+        panel = PANEL.format(tab="txt2img")
+        page.locator(f"{panel}_tabs button", has_text="混合方式").click()
+        assert "掩码" in page.locator(f"{panel}_snb_hold").inner_text()
+        assert f"SNB: {names.expert}" in page.locator(f"{panel}_enable .label-wrap").first.inner_text()
+        shoot(page, host, "zh")
+        page.close()
+    reload_ui(client, host)

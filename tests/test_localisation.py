@@ -1,0 +1,41 @@
+"""Every word of the panel has its translation."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from lib_fusion.infotext import list_fields
+
+ROOT = Path(__file__).parents[1]
+#: Names that stay as they are in every language.
+NAMES = {"SNB", "SD1.4", "SD1.5", "SD2.1", "SDXL", "1", "2"}
+
+
+def words_of_panel() -> set[str]:
+    """Literal labels of tabs, accordions, buttons and controls, and the settings page's, as panel.py has them."""
+    words = set()
+    for call in ast.walk(ast.parse((ROOT / "lib_fusion/webui/panel.py").read_text("utf-8"))):
+        if not isinstance(call, ast.Call):
+            continue
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if name in ("Tab", "Accordion", "Button"):
+            words |= {arg.value for arg in call.args[:1] if isinstance(arg, ast.Constant)}
+        if name == "OptionInfo":
+            words |= {arg.value for arg in call.args[1:2] if isinstance(arg, ast.Constant)}
+        words |= {k.value.value for k in call.keywords if k.arg == "label" and isinstance(k.value, ast.Constant)}
+    return words
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "localizations").glob("*.json")), ids=lambda file: file.stem)
+def test_every_label_is_translated(file: Path) -> None:
+    told = json.loads(file.read_text("utf-8"))
+    labels = {f"{field.label} {end}" for field in list_fields() if field.width == 2 for end in ("start", "end")}
+    labels |= {field.label for field in list_fields() if field.width == 1}
+    choices = {choice for field in list_fields() for choice in field.row.choices if choice != "Mask"}
+    missing = (labels | choices | words_of_panel()) - set(told) - NAMES
+    assert not missing
+    assert all(isinstance(text, str) and text.strip() for text in told.values())
