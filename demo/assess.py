@@ -22,6 +22,7 @@ from torch import nn
 from demo.concepts import CATEGORIES, CATEGORY_OF, CONCEPTS, STYLES, is_held_out, scene_caption, single_caption
 from demo.data import render
 from demo.experts import Latents, alphas_cumprod
+from lib_fusion.engine.demo import ENSEMBLES, afa_settings
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import VAE_SCALE, quiet_libraries
 from lib_fusion.engine.pictures import sheet
@@ -87,10 +88,10 @@ def reference_latents(engine: Engine, data: Path) -> Latents:
 @torch.no_grad()
 def draw(
     engine: Engine, captions: Sequence[str], seeds: Sequence[int], size: tuple[int, int], cfg: float,
-    fusion: FusionSettings, masks: torch.Tensor | None = None, batch: int = 16,
+    fusion: FusionSettings, masks: torch.Tensor | None = None, batch: int = 16, steps: int = 50,
 ) -> torch.Tensor:  # fmt: skip
-    """Final latents of (caption, seed) pairs, 50 DDIM steps; ``size`` is (height, width) in pixels."""
-    generation = GenerationSettings(tuple(captions), height=size[0], width=size[1], cfg_scale=cfg)
+    """Final latents of (caption, seed) pairs by DDIM; ``size`` is (height, width) in pixels."""
+    generation = GenerationSettings(tuple(captions), height=size[0], width=size[1], cfg_scale=cfg, steps=steps)
     result = []
     for i in range(0, len(captions), batch):
         jobs = list(zip(captions[i : i + batch], seeds[i : i + batch], strict=True))
@@ -151,6 +152,9 @@ def methods() -> dict[str, tuple[tuple[str, ...], FusionSettings]]:
         "fixed mask (oracle)": (pair, replace(two, method="Mask")),
         "SNB code, general + A": (("general", "animals"), replace(two, snb_saliency="code")),
         "SNB code, general + B": (("general", "vehicles"), replace(two, snb_saliency="code")),
+        "AFA untrained, A + B": (pair, replace(two, method="AFA", afa_maps="uniform")),
+    } | {
+        f"AFA, {' + '.join(models)}": (models, afa_settings(file, models)) for file, models in ENSEMBLES.items()
     }
 
 
@@ -166,8 +170,9 @@ def oracle_masks(group: Sequence[Scene]) -> torch.Tensor:
 
 
 def assess_scenes(
-    data: Path, pairs: int, seeds: Sequence[int] = SEEDS, cfgs: Sequence[float] = CFGS, only: Sequence[str] = ()
-) -> dict:
+    data: Path, pairs: int, seeds: Sequence[int] = SEEDS, cfgs: Sequence[float] = CFGS, only: Sequence[str] = (),
+    steps: int = 50,
+) -> dict:  # fmt: skip
     """{cfg: {method: {layout: mean scores}}} over ``pairs`` held-out pairs a layout; ``only``: these methods."""
     table: dict = {}
     all_scenes = scenes(pairs)
@@ -184,7 +189,7 @@ def assess_scenes(
                 own_seeds = [seed + i for i in range(len(group) // len(seeds)) for seed in seeds]
                 masks = oracle_masks(group) if fusion.method == "Mask" else None
                 size = (256, 128) if vertical else (128, 256)
-                z = draw(engine, [s.caption for s in group], own_seeds, size, cfg, fusion, masks)
+                z = draw(engine, [s.caption for s in group], own_seeds, size, cfg, fusion, masks, steps=steps)
                 for scene, latent in zip(group, z, strict=True):
                     scores[scene.layout].append(scorer.scene(latent, scene))
             scores["all"] = [s for part in list(scores.values()) for s in part]
@@ -199,18 +204,19 @@ def assess_scenes(
     return table
 
 
-def assess_singles(data: Path) -> dict:
-    """{method: {category: {hit, rms}}} of A + B on single objects, CFG 4, one seed a caption."""
+def assess_singles(data: Path, only: Sequence[str] = (), steps: int = 50) -> dict:
+    """{method: {category: {hit, rms}}} on single objects of the models' categories, CFG 4, one seed a caption."""
     table: dict = {}
     scorer = Scorer(reference_latents(load_engine("general"), data))
     for name, (models, fusion) in methods().items():
-        if fusion.method == "Mask":
+        if fusion.method == "Mask" or (only and name not in only):
             continue
         engine = load_engine(*models)
         table[name] = {}
-        for category in ("animals", "vehicles"):
+        for category in ("animals", "vehicles", *(["food"] if "food" in models else [])):
             keys = [(n, s) for n in CATEGORIES[category] for s in STYLES]
-            z = draw(engine, [single_caption(*k) for k in keys], range(len(keys)), (128, 128), 4.0, fusion)
+            captions = [single_caption(*k) for k in keys]
+            z = draw(engine, captions, range(len(keys)), (128, 128), 4.0, fusion, steps=steps)
             hits = [scorer.nearest(x, s) % len(CONCEPTS) == CONCEPTS.index(n) for x, (n, s) in zip(z, keys)]
             distances = [scorer.rms(x, n, s) for x, (n, s) in zip(z, keys)]
             table[name][category] = {"hit": sum(hits) / len(keys), "rms": sum(distances) / len(keys)}
@@ -308,19 +314,21 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12, help="held-out pairs for each of the four layouts")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help=f"seeds of each scene, 1 to {len(SEEDS)}")
     parser.add_argument("--cfg", type=float, nargs="+", default=CFGS, help="guidance scales of the scenes")
-    parser.add_argument("--methods", nargs="+", default=(), choices=list(methods()), help="only these, for scenes")
+    parser.add_argument("--methods", nargs="+", default=(), choices=list(methods()), help="only these")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps")
     args = parser.parse_args()
     quiet_libraries()
     render(args.data)
     args.results.mkdir(parents=True, exist_ok=True)
     parts = {
         "models": lambda: assess_models(args.data),
-        "scenes": lambda: assess_scenes(args.data, args.pairs, SEEDS[: args.seeds], args.cfg, args.methods),
-        "singles": lambda: assess_singles(args.data),
+        "scenes": lambda: assess_scenes(args.data, args.pairs, SEEDS[: args.seeds], args.cfg, args.methods, args.steps),
+        "singles": lambda: assess_singles(args.data, args.methods, args.steps),
     }
     for part, measure in parts.items():
         if args.part in (None, part):
-            name = f"scenes {args.methods[0]}" if part == "scenes" and args.methods else part
+            name = f"{part} {args.methods[0]}" if part != "models" and args.methods else part
+            name += f", {args.steps} steps" if args.steps != 50 else ""
             (args.results / f"{name}.json").write_text(json.dumps(measure(), indent=1), "utf-8")
     if args.part in (None, "sheet"):
         draw_sheet(HERE.parent / "docs" / "demo-models.png")

@@ -1,4 +1,4 @@
-"""The command line: ``python -m lib_fusion generate|demo|bench``. Flags come from the tables in settings.py."""
+"""The command line: ``python -m lib_fusion COMMAND``. Flags come from the tables in settings.py."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from lib_fusion.settings import (
     EXPERT_PARAMETERS,
     GENERATION_PARAMETERS,
     PARAMETERS,
+    TIMESTEPS,
     FusionSettings,
     GenerationSettings,
     Parameter,
+    read_rows,
 )
+from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, TrainingSettings
 
 #: The rows of an expert that have a flag of their own, ``--expert-...``.
 EXPERT_FLAGS = [row for row in EXPERT_PARAMETERS[1:] if "cli" in row.where]
@@ -62,6 +65,34 @@ def build_parser() -> OneLineParser:
     add_rows(generate, PARAMETERS)
     _add_machine(generate)
 
+    convert = commands.add_parser("convert-afa", help="AFA aggregators of the official code -> an aggregator file")
+    convert.add_argument("--source", required=True, metavar="PATH",
+                         help="the folder with aggregator_0 and so on, or one .safetensors of them all")
+    convert.add_argument("--model", action="append", required=True, metavar="FILE",
+                         help="a checkpoint of the ensemble; repeated, in its order")
+    convert.add_argument("--heads", type=int, help="attention heads, where no config.json tells them (default: 8)")
+    convert.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write")
+
+    cache = commands.add_parser("cache", help="encode a captioned data set for training aggregators")
+    cache.add_argument("--source", required=True, metavar="PATH",
+                       help="a folder with metadata.jsonl or .txt captions, or a webdataset .tar")
+    cache.add_argument("--vae", metavar="FILE", help="the checkpoint whose VAE encodes (default: the first model's)")
+    add_rows(cache, CACHE_PARAMETERS)
+    train = commands.add_parser("train", help="train aggregators on a cache; goes on where it was stopped")
+    train.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write; its state lies beside")
+    train.add_argument("--init", metavar="FILE", help="an aggregator file of the same sizes to begin with")
+    add_rows(train, TRAINING_PARAMETERS)
+    evaluate = commands.add_parser("evaluate", help="held-out loss of an aggregator and of everything it must beat")
+    evaluate.add_argument("--aggregator", required=True, metavar="FILE")
+    evaluate.add_argument("--out", required=True, metavar="FOLDER", help="where table, plot and JSON go")
+    evaluate.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="0..999 (default: 100 300 500 700 900)")
+    evaluate.add_argument("--no-captions", action="store_true", help="give the models the empty caption")
+    for command in (cache, train, evaluate):
+        command.add_argument("--cache", required=True, metavar="FOLDER", help="the encoded data set")
+        command.add_argument("--model", action="append", required=True, metavar="FILE",
+                             help="a checkpoint of the ensemble; repeated, in its order, the base first")
+        command.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+
     demo = commands.add_parser("demo", help="fuse the demo's checkpoints and write a contact sheet")
     demo.add_argument("--out", default="outputs/demo.png", metavar="FILE", help="the sheet (default: outputs/demo.png)")
     demo.add_argument("--steps", default="50", metavar="VALUE", help="denoising steps (default 50)")
@@ -103,9 +134,7 @@ def read_experts(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def read_settings(args: argparse.Namespace) -> tuple[GenerationSettings, FusionSettings]:
-    given = vars(args)
-    generation = {row.key: given[row.key] for row in GENERATION_PARAMETERS if row.key in given}
-    fusion = {row.key: given[row.key] for row in PARAMETERS if row.key in given}
+    generation, fusion = given_rows(args, GENERATION_PARAMETERS), given_rows(args, PARAMETERS)
     return (
         GenerationSettings.from_dict({"prompts": args.prompt, **generation}),
         FusionSettings.from_dict({"experts": read_experts(args), **fusion}),
@@ -113,17 +142,24 @@ def read_settings(args: argparse.Namespace) -> tuple[GenerationSettings, FusionS
 
 
 def read_machine(args: argparse.Namespace):
-    """The torch device and dtype; raises SettingError."""
+    """The torch dtype and device; raises SettingError."""
     import torch
 
     if args.dtype not in DTYPES:
         raise SettingError("dtype", args.dtype, f"allowed: {', '.join(DTYPES)}")
+    return getattr(torch, args.dtype), read_device(args.device)
+
+
+def read_device(name: str):
+    """The torch device of this name; raises SettingError."""
+    import torch
+
     try:
-        device = torch.device(args.device)
+        device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SettingError("device", args.device, "allowed: a torch device of this machine, such as cpu") from error
-    return getattr(torch, args.dtype), device
+        raise SettingError("device", name, "allowed: a torch device of this machine, such as cpu") from error
+    return device
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -183,6 +219,60 @@ def free_path(folder: Path, name: str) -> Path:
     return path
 
 
+def run_cache(args: argparse.Namespace) -> int:
+    from lib_fusion.engine.encode import EngineEncoders
+    from lib_fusion.engine.loader import quiet_libraries
+    from lib_fusion.training.cache import write_cache
+    from lib_fusion.training.train import teller
+
+    quiet_libraries()
+    values = read_rows(CACHE_PARAMETERS, given_rows(args, CACHE_PARAMETERS))
+    encoders = EngineEncoders(args.model, args.vae, read_device(args.device))
+    report = write_cache(Path(args.source), Path(args.cache), encoders, **values, tell=teller())
+    print(f"{args.cache}: {report.cached} pictures, {report.new} of them new, {len(report.skipped)} skipped")
+    return 0
+
+
+def run_train(args: argparse.Namespace) -> int:
+    from lib_fusion.training.train import is_first_process, teller, train
+
+    settings = TrainingSettings(**read_rows(TRAINING_PARAMETERS, given_rows(args, TRAINING_PARAMETERS)))
+    card = train(args.cache, args.model, args.out, settings, read_device(args.device), teller(), args.init)
+    if is_first_process():
+        print(f"{args.out}: {card.describe()}")
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    from lib_fusion.training.evaluate import BUCKETS, evaluate, write_report
+    from lib_fusion.training.train import teller
+
+    timesteps = args.timesteps or BUCKETS
+    if not all(0 <= t < TIMESTEPS for t in timesteps):
+        raise SettingError("timesteps", list(timesteps), f"allowed: 0 to {TIMESTEPS - 1}")
+    device = read_device(args.device)
+    result = evaluate(args.cache, args.model, args.aggregator, timesteps, not args.no_captions, device, teller())
+    print(write_report(result, Path(args.out), f"{Path(args.aggregator).stem} on {Path(args.cache).name}"))
+    return 0
+
+
+def given_rows(args: argparse.Namespace, rows: Iterable[Parameter]) -> dict[str, Any]:
+    """What was given on the command line for these rows."""
+    given = vars(args)
+    return {row.key: given[row.key] for row in rows if row.key in given}
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    from lib_fusion.aggregators import convert_official, save_aggregators
+
+    if Path(args.out).suffix != ".safetensors":
+        raise SettingError("out", args.out, "allowed: a name that ends in .safetensors")
+    card, tensors = convert_official(args.source, args.model, args.heads)
+    save_aggregators(args.out, card, tensors)
+    print(f"{args.out}: {card.describe()}")
+    return 0
+
+
 def run_demo(args: argparse.Namespace) -> int:
     generation = GenerationSettings.from_dict({"prompts": ["demo"], "steps": args.steps, "seed": args.seed})
     dtype, device = read_machine(args)
@@ -225,10 +315,14 @@ def run_bench(args: argparse.Namespace) -> int:
     return 0
 
 
+COMMANDS = {"generate": run_generate, "demo": run_demo, "cache": run_cache, "train": run_train,
+            "evaluate": run_evaluate, "convert-afa": run_convert, "bench": run_bench}  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        return {"generate": run_generate, "demo": run_demo, "bench": run_bench}[args.command](args)
+        return COMMANDS[args.command](args)
     except FusionError as error:
         print(f"lib_fusion {args.command}: {error}", file=sys.stderr)
         return 2

@@ -74,6 +74,10 @@ class FusionSession:
             return (BASE, 1)
         return tuple(range(self.num_models))
 
+    def in_lockstep(self, timestep: float) -> bool:
+        """Whether the models of ``models_at`` make one prediction together (AFA): the base's, under its hooks."""
+        return self.settings.method == "AFA" and len(self.models_at(timestep)) > 1
+
     def count(self, model: int, rows: int, skipped: int = 0) -> None:
         """Notes a U-Net call of ``rows`` batch rows, none where 0, and how many rows were forecast instead."""
         self.calls[model] += rows > 0

@@ -228,8 +228,9 @@ SKIP_PARAMETERS: tuple[Parameter, ...] = (
 PARAMETERS: tuple[Parameter, ...] = (
     Parameter("method", "choice", "SNB", "method",
               "SNB: each position from the most salient model. Average: the mean of all models' noises. "
+              "AFA: features of all models, aggregated block by block with trained attention maps. "
               "Mask: the first expert where a given picture is white.",
-              choices=("SNB", "Average", "Mask")),
+              choices=("SNB", "Average", "AFA", "Mask")),
     Parameter("snb_window", "window", (1000.0, 0.0), "window",
               "Timesteps in which the models are fused, from START down to END (1000 is pure noise, 0 the picture).",
               low=0, high=TIMESTEPS),
@@ -265,6 +266,19 @@ COMPARE = Parameter("compare", "bool", False, "compare",
 
 #: How many experts the panel and the API take.
 MAX_EXPERTS = 3
+
+#: Rows of AFA; the window, what runs outside it, and the passes are SNB's.
+AFA_PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("afa_aggregator", "text", "", "aggregator",
+              "The file of trained aggregators; it says which models it is for, the base first."),
+    Parameter("afa_maps", "choice", "trained", "AFA maps",
+              "trained: the aggregator file's. uniform: the plain mean of all features, no training in it. "
+              "only base, only expert 1 ..: one model alone in AFA's pipeline, for comparison.",
+              choices=("trained", "uniform", "only base", *(f"only expert {i + 1}" for i in range(MAX_EXPERTS)))),
+    Parameter("afa_force", "bool", False, "force aggregator",
+              "Use the aggregator with other checkpoints than those it was trained for."),
+)  # fmt: skip
+PARAMETERS += AFA_PARAMETERS
 
 
 #: Rows of a generation with the embedded engine; in the WebUI they are the host's own.
@@ -362,6 +376,17 @@ class FusionSettings(_Rows):
                 raise SettingError(row.key, rows[row.key], told)
         return cls(experts=tuple(read), **rows)
 
+    @property
+    def needs_aggregator(self) -> bool:
+        """Whether a file of trained aggregators has to be there."""
+        return self.method == "AFA" and self.afa_maps == "trained"
+
+    @property
+    def only_model(self) -> int:
+        """The model that AFA's maps leave alone: 0 the base, 1 the first expert; 0 too where they leave all."""
+        last = self.afa_maps.rpartition(" ")[2]
+        return int(last) if last.isdigit() else 0
+
     def to_dict(self) -> dict[str, Any]:
         """The values as JSON, as ``from_dict`` takes them."""
         rows = {row.key: getattr(self, row.key) for row in PARAMETERS}
@@ -377,7 +402,8 @@ class FusionSettings(_Rows):
     @property
     def is_idle(self) -> bool:
         """Whether nothing is asked for, so that there is nothing to do."""
-        return not self.experts and self.freeu == "Off" and self.skipping == "Off"
+        names_experts = self.needs_aggregator and bool(self.afa_aggregator)
+        return not self.experts and not names_experts and self.freeu == "Off" and self.skipping == "Off"
 
     def in_window(self, timestep: float) -> bool:
         """Whether the models are fused at this timestep: ``start >= t > end``, and down to 0 where the end is 0."""

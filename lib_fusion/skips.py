@@ -52,11 +52,17 @@ class Skips:
         self._most = self.settings.skip_max or POLICY_MAX.get(self.settings.skipping, 1)
         #: How many steps back a correction may go; 0: there are none.
         self.reach = self._most if self.settings.skip_correct and self.settings.skipping == "Forecast" else 0
-        self.log_sigma, self._is_last = 0.0, False
+        self.log_sigma, self._is_last, self._joint = 0.0, False, False
 
     def begin_step(self, log_sigma: float, latents: Sequence[torch.Tensor], is_last: bool) -> None:
         """``latents``: each picture's (C,H,W), variance-preserving. The last step is never forecast."""
         self.log_sigma, self._is_last, self._latents = log_sigma, is_last, latents
+
+    def join(self, joint: bool) -> None:
+        """Whether the models make one prediction at this step, the base's (AFA); a change begins all anew."""
+        if joint != self._joint:
+            self._policies.clear()
+            self._joint = joint
 
     def needed(self, model: int, together: bool = False) -> list[int]:
         """The pictures that the model must be run for at this step; ``together``: none or all of them."""

@@ -23,6 +23,11 @@ SCENES = (
     ("food", "animals", "an owl left of a pizza, flat drawing", 256, 128),
     ("vehicles", "food", "a rocket left of a strawberry, glossy render", 256, 128),
 )
+#: Aggregator file -> the models it is for; the first that has both of a scene's draws it.
+ENSEMBLES = {
+    "afa-animals-vehicles": ("animals", "vehicles"),
+    "afa-animals-vehicles-food": ("animals", "vehicles", "food"),
+}
 CFG_SCALE = 5.0
 HOLD = 900.0
 
@@ -33,27 +38,34 @@ def make_sheet(
     """Draws every scene by each method, writes the sheet, returns a record of seconds and U-Net calls per method."""
     if not (FOLDER / "animals.safetensors").is_file():
         raise CheckpointError(f"{FOLDER}: no demo checkpoints there; run this from a clone of the repository")
-    engines: dict[tuple[str, str], Engine] = {}
+    engines: dict[tuple[str, ...], Engine] = {}
     rows, runs = [], {}
+
+    def engine_of(*names: str) -> Engine:
+        if names not in engines:
+            files = [FOLDER / f"{name}.safetensors" for name in names]
+            engines[names] = Engine(files[0], files[1:], dtype=dtype, device=device)
+        return engines[names]
+
     for number, (base, expert, prompt, width, height) in enumerate(SCENES):
-        if (base, expert) not in engines:
-            files = [FOLDER / f"{name}.safetensors" for name in (base, expert)]
-            engines[base, expert] = Engine(files[0], files[1:], dtype=dtype, device=device)
-        engine = engines[base, expert]
         generation = GenerationSettings(
             (prompt,), width=width, height=height, steps=steps, seed=seed + number, cfg_scale=CFG_SCALE
         )
         snb = FusionSettings(experts=(ExpertSettings(expert),))
+        file, models = next((f, m) for f, m in ENSEMBLES.items() if {base, expert} <= set(m))
+        pair = (base, expert)
         methods = {
-            "base": single(snb, 0),
-            "expert": single(snb, 1),
-            "average": replace(snb, method="Average"),
-            "SNB (paper)": snb,
-            "SNB, mask held": replace(snb, snb_hold=HOLD),
+            "base": (pair, single(snb, 0)),
+            "expert": (pair, single(snb, 1)),
+            "average": (pair, replace(snb, method="Average")),
+            "SNB (paper)": (pair, snb),
+            "SNB, mask held": (pair, replace(snb, snb_hold=HOLD)),
+            "AFA": (models, afa_settings(file, models)),
         }
         cells: list[Image.Image] = []
-        for method, settings in methods.items():
-            run = engine.generate(generation, settings, keep_masks=method == "SNB (paper)", progress=progress)
+        for method, (names, settings) in methods.items():
+            keep_masks = method == "SNB (paper)"
+            run = engine_of(*names).generate(generation, settings, keep_masks=keep_masks, progress=progress)
             cells.append(run.pictures[0].image)
             if run.pictures[0].masks:
                 masks = run.pictures[0].masks
@@ -66,6 +78,13 @@ def make_sheet(
         rows.append((f"{prompt}  (base: {base}, expert: {expert})", cells))
     columns = [*methods, *(f"mask at t = {t:.0f}" for t, _ in shown)]
     sheet(rows, columns, out, "Two checkpoints, one picture",
-          "Masks of SNB (paper): orange where the noise is the expert's. Held: the mask of the first steps is kept.")
+          "AFA: by trained aggregators; in the last two rows, of all three experts. Masks of SNB (paper): orange where "
+          "the noise is the expert's. Held: the mask of the first steps is kept.")
     return {"sheet": str(out), "scenes": [list(scene) for scene in SCENES], "steps": steps, "seed": seed,
             "fusion": asdict(snb), "runs": list(runs.values())}  # fmt: skip
+
+
+def afa_settings(file: str, models: tuple[str, ...]) -> FusionSettings:
+    """AFA with a file of the demo and the models it is for, the base first."""
+    experts = tuple(ExpertSettings(name) for name in models[1:])
+    return FusionSettings(experts=experts, method="AFA", afa_aggregator=str(FOLDER / f"{file}.safetensors"))

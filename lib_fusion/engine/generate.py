@@ -5,23 +5,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
+from lib_fusion.aggregators import load_for, model_of
 from lib_fusion.checkpoint import Checkpoint
 from lib_fusion.engine.loader import VAE_SCALE, DiffusionModel, check_checkpoint, load_model
 from lib_fusion.engine.samplers import make_scheduler
 from lib_fusion.engine.steps import SamplerSteps
 from lib_fusion.errors import CheckpointError, SettingError
+from lib_fusion.methods import afa
 from lib_fusion.session import FusionSession, MaskRecord
 from lib_fusion.settings import FusionSettings, GenerationSettings
 from lib_fusion.skips import join_records
-from lib_fusion.unet.hooks import attach_freeu
+from lib_fusion.unet.hooks import Hooks, attach_freeu
 from lib_fusion.unet.layout import read_layout
+from lib_fusion.unet.lockstep import Lockstep, mean_context
 
 
 @dataclass
@@ -71,6 +76,7 @@ class Engine:
                 loaded[file.path.resolve()] = load_model(file, dtype, device, with_vae=i == 0)
         self.models = [loaded[file.path.resolve()] for file in files]
         self.vae = self.models[0].vae
+        self._aggregators: tuple[tuple | None, nn.ModuleList | None] = (None, None)
 
     @torch.no_grad()
     def generate(
@@ -124,12 +130,45 @@ class Engine:
             raise SettingError("method", "Mask", "it needs an expert and a mask picture")
         if fusion.snb_outside == "expert" and not fusion.experts:
             raise SettingError("snb_outside", "expert", "allowed without an expert: base")
+        self._check_afa(fusion)
         width = self.models[0].text.model.config.hidden_size
         for i, expert in enumerate(fusion.experts):
             needs = self.models[i + 1].unet.context_dim
             if expert.text_encoder == "base" and needs != width:
                 allowed = f"allowed: own, since the base's text states are {width} wide and this expert needs {needs}"
                 raise SettingError(f"experts[{i}].text_encoder", "base", allowed)
+
+    def _check_afa(self, fusion: FusionSettings) -> None:
+        """Loads the aggregators where they are asked for and not loaded yet; raises SettingError or CheckpointError."""
+        if fusion.method != "AFA":
+            return
+        if not fusion.experts:
+            raise SettingError("method", "AFA", "it needs an expert")
+        models = self.models[: 1 + len(fusion.experts)]
+        predictions = [model.unet.prediction for model in models]
+        if len(set(predictions)) > 1:
+            raise SettingError("method", "AFA", f"its models must predict the same, these predict {predictions}")
+        if not fusion.needs_aggregator:
+            if fusion.only_model >= len(models):
+                raise SettingError("afa_maps", fusion.afa_maps, f"allowed: one of the {len(models)} models")
+        elif not fusion.afa_aggregator:
+            raise SettingError("afa_aggregator", "", "allowed: a file of trained aggregators; maps uniform need none")
+        elif self._aggregators[0] != (key := (fusion.afa_aggregator, fusion.afa_force, len(models))):
+            identities = [model_of(model.path) for model in models]
+            unet = models[0].unet
+            loaded = load_for(fusion.afa_aggregator, unet, identities, predictions, fusion.afa_force,
+                              unet.dtype, self.device)  # fmt: skip
+            self._aggregators = (key, loaded)
+
+    def make_lockstep(self, fusion: FusionSettings) -> Lockstep:
+        """The models in lockstep, with trained aggregators or a control, as the (checked) settings say."""
+        models = self.models[: 1 + len(fusion.experts)]
+        aggregators = self._aggregators[1]
+        if fusion.afa_maps == "uniform":
+            aggregators = afa.uniform(len(models)).to(self.device)
+        elif not fusion.needs_aggregator:
+            aggregators = afa.one_hot(len(models), fusion.only_model).to(self.device)
+        return Lockstep(models[0].unet, [model.unet for model in models[1:]], aggregators)
 
     def denoise(
         self, jobs: Sequence[tuple[str, int]], generation: GenerationSettings, session: FusionSession,
@@ -145,21 +184,28 @@ class Engine:
         weights = torch.tensor([generation.cfg_scale, 1 - generation.cfg_scale], device=self.device).view(2, 1, 1, 1)
         steps = SamplerSteps(scheduler, session, generation.cfg_scale)
         session.begin([*map(float, scheduler.timesteps), -1.0])
+        self._check_afa(session.settings)
+        lockstep = self.make_lockstep(session.settings) if session.settings.method == "AFA" else None
         unets = [model.unet for model in self.models] if session.freeu else []
-        with attach_freeu([point for unet in unets for point in read_layout(unet).decoder], session.freeu):
+        decoder = [point for unet in unets for point in read_layout(unet).decoder]
+        with attach_freeu(decoder, session.freeu), lockstep.attach() if lockstep else Hooks():
             for t in scheduler.timesteps:
                 scaled = steps.sampler.scale_model_input(x, t)  # variance-preserving, whatever the sampler
                 skips = session.skips
+                models, together = session.models_at(float(t)), session.in_lockstep(float(t))
                 if skips is not None:
                     a = float(_alpha_at(t.to(self.device), alphas))
                     skips.begin_step(math.log((1 - a) / a) / 2, list(scaled), bool(t == scheduler.timesteps[-1]))
+                    skips.join(together)
                 noises: dict[int, torch.Tensor] = {}
-                for i in session.models_at(float(t)):
+                for i in models[:1] if together else models:
                     run = list(range(len(x))) if skips is None else skips.needed(i)
                     if run:
-                        with session.using_freeu(i, float(t)):
+                        others = self._running(lockstep, [told[j] for j in models], run) if together else nullcontext()
+                        with others, session.using_freeu(i, float(t)):
                             noises[i] = self._predict(self.models[i], told[i], scaled, t, alphas, run)
-                    session.count(i, 2 * len(run), 2 * (len(x) - len(run)))
+                    for j in models if together else (i,):
+                        session.count(j, 2 * len(run), 2 * (len(x) - len(run)))
                     if skips is not None:
                         computed = dict(zip(run, noises.get(i, ()), strict=True))
                         noises[i] = torch.stack([
@@ -172,6 +218,11 @@ class Engine:
                 if bar is not None:
                     bar.update()
         return x
+
+    def _running(self, lockstep: Lockstep, told: Sequence[Conditioning], pictures: list[int]) -> AbstractContextManager:
+        """The base's forward as that of all models, for some of the pictures."""
+        contexts = [torch.cat([each.cond[pictures], each.uncond[pictures]]) for each in told]
+        return lockstep.running(contexts[1:], mean_context(contexts))
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Pictures of latents (B,4,h,w), by the base's VAE."""

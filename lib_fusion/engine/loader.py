@@ -71,8 +71,8 @@ def load_model(
     return DiffusionModel(
         path=file.path,
         unet=load_unet(file.path, dtype=dtype, device=device),
-        text=_load_text(file, dtype, device),
-        vae=_load_vae(file, device) if with_vae else None,
+        text=load_text(file, dtype, device),
+        vae=load_vae(file, device) if with_vae else None,
     )
 
 
@@ -93,7 +93,8 @@ def clip_folder(path: Path) -> Path | str:
     return str(folder)
 
 
-def _load_text(file: Checkpoint, dtype: torch.dtype, device: str | torch.device) -> TextEncoder:
+def load_text(file: Checkpoint, dtype: torch.dtype, device: str | torch.device) -> TextEncoder:
+    """The text encoder of a checked checkpoint."""
     tensors = file.read(TEXT_PREFIX + TEXT_MODEL, dtype)
     tensors = {k.removeprefix(TEXT_INNER): value for k, value in tensors.items() if not k.endswith("position_ids")}
     vocabulary, width = tensors["embeddings.token_embedding.weight"].shape
@@ -126,7 +127,8 @@ def _load_text(file: Checkpoint, dtype: torch.dtype, device: str | torch.device)
     return TextEncoder(tokenizer, model.to(device, dtype).eval().requires_grad_(False))
 
 
-def _load_vae(file: Checkpoint, device: str | torch.device) -> AutoencoderKL:
+def load_vae(file: Checkpoint, device: str | torch.device) -> AutoencoderKL:
+    """The VAE of a checked checkpoint, always float32."""
     tensors = {VAE_PREFIX + key: value for key, value in file.read(VAE_PREFIX, torch.float32).items()}
 
     def width(level: int) -> int:

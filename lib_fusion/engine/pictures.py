@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -29,7 +30,8 @@ def infotext(prompt: str, seed: int, generation: GenerationSettings, fusion: Fus
     }  # fmt: skip
     if not fusion.is_idle:
         names = [Path(expert.checkpoint).name for expert in fusion.experts]
-        values |= {key: _quoted(value) for key, value in write_infotext(fusion, names).items()}
+        named = replace(fusion, afa_aggregator=Path(fusion.afa_aggregator).name)
+        values |= {key: _quoted(value) for key, value in write_infotext(named, names).items()}
     lines.append(", ".join(f"{key}: {value}" for key, value in values.items()))
     return "\n".join(lines)
 

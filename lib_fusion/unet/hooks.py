@@ -24,9 +24,13 @@ class Hooks:
     def __init__(self) -> None:
         self._handles: list[Any] = []
 
-    def before(self, module: nn.Module, hook: Callable[[nn.Module, tuple], Any]) -> None:
-        """``hook(module, args)`` runs before each call of the module."""
-        self._handles.append(module.register_forward_pre_hook(hook))
+    def before(self, module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False) -> None:
+        """``hook(module, args)`` (or ``hook(module, args, kwargs)``) runs before each call of the module."""
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=with_kwargs))
+
+    def after(self, module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any]) -> None:
+        """``hook(module, args, output)`` runs after each call; what it returns, if not None, is the output instead."""
+        self._handles.append(module.register_forward_hook(hook))
 
     def remove(self) -> None:
         """Takes all off; may be called again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from lib_fusion.settings import (
     MAX_EXPERTS,
     SKIP_PRESETS,
 )
-from lib_fusion.webui import experts, presets, request
+from lib_fusion.webui import aggregators, experts, presets, request
 from lib_fusion.webui.runtime import runtime
 from lib_fusion.webui.sampling import PLACES, PREVIEW_OPTION
 
@@ -74,6 +75,8 @@ def build(elem_id: Callable[[str], str]) -> Built:
                     place("snb_window", "snb_outside")
                 with gr.Row():
                     place("k_general", "k_expert", "snb_hold")
+            with gr.Tab("AFA", elem_id=elem_id("tab_afa")):
+                build_afa(place, controls, elem_id)
             with gr.Tab("FreeU", elem_id=elem_id("tab_freeu")):
                 build_freeu(place, controls, elem_id)
             with gr.Tab("Skipping", elem_id=elem_id("tab_skipping")):
@@ -103,6 +106,39 @@ def build_experts(place: Callable[..., None], controls: dict[str, list[Any]], el
                 place(f"{name}_text_encoder", f"{name}_loras")
             with gr.Row():
                 place(f"{name}_prompt", f"{name}_negative_prompt")
+
+
+def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
+    """The aggregator files, and what the chosen one is for. Choosing one also chooses the method and the experts."""
+    with gr.Row(elem_classes=["denoiser-fusion-row"]):
+        place("afa_aggregator")
+        ui_common.create_refresh_button(
+            controls["afa_aggregator"][0], lambda: None,
+            lambda: {"choices": ["", *aggregators.list_aggregators()]}, elem_id("afa_refresh"),
+        )  # fmt: skip
+        place("afa_maps", "afa_force")
+    told = gr.HTML(elem_id=elem_id("afa_told"), elem_classes=["denoiser-fusion-told"])
+    (file,), (method,) = controls["afa_aggregator"], controls["method"]
+    chosen = [controls[f"expert{i + 1}_checkpoint"][0] for i in range(MAX_EXPERTS)]
+
+    def on_choice(name: str) -> list[Any]:
+        if not name:
+            return [gr.update()] * (1 + MAX_EXPERTS)
+        try:
+            names = aggregators.experts_of(aggregators.card_of(name))
+        except FusionError:
+            return [gr.update()] * (1 + MAX_EXPERTS)
+        names += [infotext.NO_CHECKPOINT[1]] * (MAX_EXPERTS - len(names))
+        return [gr.update(value="AFA"), *(gr.update(value=value) for value in names[:MAX_EXPERTS])]
+
+    def on_change(name: str) -> str:
+        try:
+            return html.escape(aggregators.card_of(name).describe()) if name else ""
+        except FusionError as error:
+            return html.escape(str(error))
+
+    file.input(on_choice, inputs=[file], outputs=[method, *chosen], show_progress=False)
+    file.change(on_change, inputs=[file], outputs=[told], show_progress=False)
 
 
 def build_freeu(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
@@ -234,6 +270,8 @@ def make_controls(field: Field, elem_id: Callable[[str], str]) -> list[Any]:
     value = infotext.panel_default(field)
     if row.key == "checkpoint":
         return [gr.Dropdown(label=label, choices=list_choices(), value=value, **common)]
+    if row.key == "afa_aggregator":
+        return [gr.Dropdown(label=label, choices=["", *aggregators.list_aggregators()], value=value, **common)]
     if row.kind == "bool":
         return [gr.Checkbox(label=label, value=value, **common)]
     if row.kind == "choice":

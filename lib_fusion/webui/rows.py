@@ -140,10 +140,30 @@ def strip_marker(cond: dict[str, Any]) -> dict[str, Any]:
     Its own U-Net forward takes the token off; an expert does not run that forward.
     """
     key = "crossattn" if "crossattn" in cond else "c_crossattn"
-    states = cond[key] if key == "crossattn" else cond[key][0]
+    states = tokens_of(cond)
     if states.shape[1] > 1 and bool((states[:, 0].abs() == MARKER).all()):
         return {**cond, key: states[:, 1:] if key == "crossattn" else [states[:, 1:]]}
     return cond
+
+
+def tokens_of(cond: dict[str, Any]) -> torch.Tensor:
+    """The text states (R,T,D) in the host's conditioning of one call."""
+    return cond["crossattn"] if "crossattn" in cond else cond["c_crossattn"][0]
+
+
+def vector_of(cond: dict[str, Any]) -> torch.Tensor | None:
+    """SDXL's vector (R,V) in the host's conditioning of one call."""
+    return cond.get("vector")
+
+
+def pad_alike(states: Sequence[torch.Tensor], empties: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """States (R,T,D) of one length, filled up as the host does: with chunks of each model's empty prompt (1,T,D)."""
+    longest = max(value.shape[1] for value in states)
+    result = []
+    for value, empty in zip(states, empties):
+        chunks = empty.to(value).repeat(value.shape[0], (longest - value.shape[1]) // empty.shape[1], 1)
+        result.append(torch.cat([value, chunks], dim=1))
+    return result
 
 
 def _with_tokens(states: Any, value: torch.Tensor) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lib_fusion.webui.aggregators import AggregatorCache
 from lib_fusion.webui.experts import ExpertCache
 from lib_fusion.webui.sampling import FusionPass
 from lib_fusion.webui.text import TextCache
@@ -11,7 +12,7 @@ from lib_fusion.webui.text import TextCache
 
 class Runtime:
     def __init__(self) -> None:
-        self.experts, self.texts = ExpertCache(), TextCache()
+        self.experts, self.texts, self.aggregators = ExpertCache(), TextCache(), AggregatorCache()
         self.current: FusionPass | None = None
 
     def begin_step(self, params: Any) -> None:
@@ -30,6 +31,7 @@ class Runtime:
         self.drop_leftovers()
         self.experts.free()
         self.texts.free()
+        self.aggregators.free()
 
     def describe_memory(self) -> str:
         """What is loaded, for people."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,8 @@ from lib_fusion.session import BASE, FusionSession
 from lib_fusion.settings import FusionSettings
 from lib_fusion.unet.hooks import Hooks, attach_freeu
 from lib_fusion.unet.layout import read_layout
+from lib_fusion.unet.lockstep import Lockstep
+from lib_fusion.webui.aggregators import AggregatorCache, make_lockstep, together
 from lib_fusion.webui.experts import Expert, check_base, find_checkpoint, kind_of
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.rows import Context, Rows, put_context, strip_marker, weights_of
@@ -44,12 +46,12 @@ class FusionPass:
     """
 
     def __init__(self, settings: FusionSettings, equip: Equip, sampler: Any, sd_model: nn.Module,
-                 is_hires: bool = False) -> None:  # fmt: skip
+                 aggregators: AggregatorCache | None = None, is_hires: bool = False) -> None:  # fmt: skip
         kind = "sd1" if settings.freeu == "Off" else kind_of(sd_model)
         self.session = FusionSession(settings, keep_masks=bool(shared.opts.data.get(PREVIEW_OPTION, False)), kind=kind)
         if settings.skip_passes == ("first" if is_hires else "hires"):
             self.session.skips = None
-        self.equip, self.sampler = equip, sampler
+        self.equip, self.sampler, self.aggregators = equip, sampler, aggregators
         self._take(sd_model)
         self.guidance_scale = float(sampler.sampler_extra_args["cond_scale"])
         self.place = shared.opts.data.get("denoiser_fusion_place", PLACES[0])
@@ -62,7 +64,8 @@ class FusionPass:
         self._models: tuple[int, ...] = (BASE,)
         self._original: Callable[..., torch.Tensor] | None = None
         self._previous: Any = None
-        self._hooks = Hooks()
+        self._hooks, self._lockstep_hooks = Hooks(), Hooks()
+        self.lockstep: Lockstep | None = None
         self._skipping: StepSkips | None = None
         self._corrector: Corrector | None = None
 
@@ -74,6 +77,9 @@ class FusionPass:
         self._previous = self.sd_model.__dict__.get("apply_model")
         self._original = self.sd_model.apply_model
         self.sd_model.apply_model = self.apply_model
+        if self.session.settings.method == "AFA" and self.experts:
+            self.lockstep = make_lockstep(self.aggregators, self.session.settings, self.sd_model, self.experts)
+            self._lockstep_hooks = self.lockstep.attach()
         if self.session.freeu is not None:
             unets = [self.sd_model.model.diffusion_model, *(e.unet for e in self.experts if e.unet is not None)]
             self._hooks = attach_freeu([p for unet in unets for p in read_layout(unet).decoder], self.session.freeu)
@@ -87,6 +93,7 @@ class FusionPass:
         """Takes everything off; the wrapper stays inert where someone else has wrapped it since."""
         self._rows = self._skipping = None
         self._hooks.remove()
+        self._lockstep_hooks.remove()
         if self.sd_model.__dict__.get("apply_model") == self.apply_model:
             if self._previous is None:
                 del self.sd_model.apply_model
@@ -135,23 +142,32 @@ class FusionPass:
         rows.cursor = stop
         self._timestep = float(t.flatten()[0])
         self._models = self.session.models_at(self._timestep)
+        joint = self.session.in_lockstep(self._timestep)
+        chosen, before = range(start, stop), self.session.rows[BASE]
         outputs = {}
-        for i in self._models:
+        for i in self._models[:1] if joint else self._models:
 
             def call(x: torch.Tensor, t: torch.Tensor, cond: Any, chosen: Sequence[int], i: int = i) -> torch.Tensor:
                 with self.session.using_freeu(i, float(self._sigma[0])):
+                    if joint:
+                        return self._run_together(x, t, cond, chosen, *args, **kwargs)
                     if i == BASE:
                         return self._original(x, t, cond, *args, **kwargs)
                     return self._run_expert(i, x, t, cond, chosen, *args, **kwargs)
 
-            chosen = range(start, stop)
             if self._skipping is not None:
-                together = "forward" in self.sd_model.model.diffusion_model.__dict__
+                self.session.skips.join(joint)
+                all_or_none = "forward" in self.sd_model.model.diffusion_model.__dict__
                 is_v = self.sd_model.parameterization == "v"
-                outputs[i] = self._skipping.run(i, x, t, cond, chosen, together, is_v, call)
+                outputs[i] = self._skipping.run(i, x, t, cond, chosen, all_or_none, is_v, call)
             else:
                 outputs[i] = call(x, t, cond, chosen)
                 self.session.count(i, x.shape[0])
+        if joint:  # the experts were run for the same rows, and nothing is left to blend at the end of the step
+            computed = self.session.rows[BASE] - before
+            for i in self._models[1:]:
+                self.session.count(i, computed, x.shape[0] - computed)
+            self._models = (BASE,)
         if len(outputs) > 1:
             for i, output in outputs.items():
                 rows.raw.setdefault(i, []).append(output)
@@ -201,27 +217,39 @@ class FusionPass:
                 cond[i], uncond[i] = rows.combine(value * self._noise_scale(rows))
         return self.session.fuse_rows(self._timestep, raw, owner, cond, uncond, self.guidance_scale)
 
+    def _run_together(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], chosen: Sequence[int],
+                      *args: Any, **kwargs: Any) -> torch.Tensor:  # fmt: skip
+        """AFA: one call of the base for the rows ``chosen`` of the step's, in whose blocks the experts take part."""
+        conds = [strip_marker(cond), *(self._told(i, cond, chosen) for i in self._models[1:])]
+        own_empty = self.sd_model.cond_stage_model_empty_prompt
+        empties = [own_empty, *(own_empty if context is None else context.told.empty for context in self.contexts)]
+        with (
+            moved([e.unet for e in self.experts] if self.place == PLACES[2] else []),
+            together(self.lockstep, conds, empties),
+        ):
+            return self._original(x, t, cond, *args, **kwargs)
+
+    def _told(self, model: int, cond: dict[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
+        """The host's conditioning of some of a step's rows as an expert is told it."""
+        context = self.contexts[model - 1]
+        if context is None:
+            return strip_marker(cond)
+        denoiser = self._denoiser
+        padded = denoiser.padded_cond_uncond or denoiser.padded_cond_uncond_v0
+        v0 = shared.opts.pad_cond_uncond_v0
+        return put_context(cond, context.slice(denoiser.step, chosen, padded, v0))
+
     def _run_expert(self, model: int, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], chosen: Sequence[int],
                     *args: Any, **kwargs: Any) -> torch.Tensor:  # fmt: skip
         """An expert's raw output for the rows ``chosen`` of the step's."""
-        expert, context = self.experts[model - 1], self.contexts[model - 1]
-        if context is None:
-            told = strip_marker(cond)
-        else:
-            denoiser = self._denoiser
-            padded = denoiser.padded_cond_uncond or denoiser.padded_cond_uncond_v0
-            v0 = shared.opts.pad_cond_uncond_v0
-            told = put_context(cond, context.slice(denoiser.step, chosen, padded, v0))
+        expert, told = self.experts[model - 1], self._told(model, cond, chosen)
         if expert.unet is None:
             return self._original(x, t, told, *args, **kwargs)
-        if self.place == PLACES[2]:
-            expert.unet.to(devices.device)
-        try:
-            with borrowed_forward(self.sd_model.model.diffusion_model, expert.unet):
-                return self._original(x, t, told, *args, **kwargs)
-        finally:
-            if self.place == PLACES[2]:
-                expert.unet.to(devices.cpu)
+        with (
+            moved([expert.unet] if self.place == PLACES[2] else []),
+            borrowed_forward(self.sd_model.model.diffusion_model, expert.unet),
+        ):
+            return self._original(x, t, told, *args, **kwargs)
 
     def _scale(self, inner_model: Any) -> torch.Tensor:
         """What one unit of raw output is in the host's rows (R,1,1,1): its denoisers are linear in the output."""
@@ -258,6 +286,19 @@ def set_tiling(unet: nn.Module, tiling: bool) -> None:
     for layer in unet.modules():
         if type(layer) is nn.Conv2d:
             layer.padding_mode = "circular" if tiling else "zeros"
+
+
+@contextmanager
+def moved(unets: Iterable[nn.Module | None]) -> Iterator[None]:
+    """U-Nets that wait in RAM are on the device within; None is the base's, which the host moves."""
+    own = [unet for unet in unets if unet is not None]
+    for unet in own:
+        unet.to(devices.device)
+    try:
+        yield
+    finally:
+        for unet in own:
+            unet.to(devices.cpu)
 
 
 @contextmanager
@@ -370,4 +411,5 @@ def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> Fus
             contexts.append(None if told is None else Context(told, prompt_parser))
         return experts, contexts
 
-    return FusionPass(settings, equip, sampler, p.sd_model, bool(getattr(p, "is_hr_pass", False)))
+    is_hires = bool(getattr(p, "is_hr_pass", False))
+    return FusionPass(settings, equip, sampler, p.sd_model, runtime.aggregators, is_hires)

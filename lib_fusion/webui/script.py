@@ -11,6 +11,7 @@ from lib_fusion.infotext import infotext_keys, write_infotext
 from lib_fusion.session import MaskRecord
 from lib_fusion.settings import COMPARE, FusionSettings
 from lib_fusion.webui import compare, gallery, sampling, xyz
+from lib_fusion.webui.aggregators import complete
 from lib_fusion.webui.experts import find_checkpoint
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.request import read_args, values_of
@@ -76,6 +77,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
         else:
             job.settings = read_args(args, getattr(p, xyz.ATTRIBUTE, None))
         if job.settings is not None:
+            job.settings = complete(job.settings)
             infos = [
                 find_checkpoint(expert.checkpoint, f"experts[{i}].checkpoint")
                 for i, expert in enumerate(job.settings.experts)

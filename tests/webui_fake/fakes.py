@@ -158,6 +158,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "sd_samplers_timesteps": {"CFGDenoiserTimesteps": CFGDenoiserTimesteps},
         "sd_disable_initialization": {}, "sd_models_config": {}, "sd_models_xl": {}, "lowvram": {},
         "extra_networks": {}, "prompt_parser": {}, "images": {}, "processing": {},
+        "paths": {"models_path": "models"},
     }  # fmt: skip
     for name in SIGNATURES:
         module, _, path = name.removeprefix("modules.").partition(":")

@@ -173,7 +173,6 @@ def test_compare(page: Any, client: Client, names: Names) -> None:
     generate(page)
     assert info.inner_text() != before
     page.wait_for_function(f"{shown} == 1")
-    page.screenshot(path="/tmp/cmp1.png")
 
 
 def test_reload(page: Any, client: Client, host: Host, names: Names) -> None:

@@ -1,0 +1,45 @@
+"""The engine's VAE and text encoders, for caching a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib_fusion.aggregators import part_hash
+from lib_fusion.checkpoint import TEXT_PREFIX, VAE_PREFIX, Checkpoint
+from lib_fusion.engine.loader import VAE_SCALE, check_checkpoint, load_text, load_vae
+
+
+def encoder_identity(files: Sequence[Checkpoint], vae: Checkpoint) -> dict[str, Any]:
+    """What a cache depends on; U-Nets may be trained further and still use it."""
+    return {
+        "models": [file.path.stem for file in files],
+        "texts": [part_hash(file, TEXT_PREFIX) for file in files],
+        "vae": part_hash(vae, VAE_PREFIX),
+    }
+
+
+class EngineEncoders:
+    """Pictures by the VAE of ``vae`` (default: the first model's), captions by each model's own text encoder."""
+
+    def __init__(
+        self, checkpoints: Sequence[str | Path], vae: str | Path | None = None, device: str | torch.device = "cpu"
+    ) -> None:
+        files = [check_checkpoint(path) for path in checkpoints]
+        source = check_checkpoint(vae) if vae else files[0]
+        self.identity = encoder_identity(files, source)
+        self.device = torch.device(device)
+        self.vae = load_vae(source, device)
+        self.texts = [load_text(file, torch.float32, device) for file in files]
+
+    @torch.no_grad()
+    def encode_picture(self, picture: torch.Tensor) -> torch.Tensor:
+        """(3,H,W) in -1..1 -> latent (4,H/8,W/8): the VAE's mode, since its spread is next to nothing."""
+        return self.vae.encode(picture[None].to(self.device)).latent_dist.mode()[0] * VAE_SCALE
+
+    def encode_texts(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Each model's states (B,77,D)."""
+        return [text(list(texts)) for text in self.texts]

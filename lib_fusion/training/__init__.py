@@ -1,0 +1,1 @@
+"""Making aggregator weights for AFA: ``cache`` a data set, ``train`` on it, ``evaluate`` the result."""

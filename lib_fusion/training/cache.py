@@ -1,0 +1,201 @@
+"""A captioned data set, encoded once: latents and every model's text states, in safetensors shards. Resumable.
+
+A shard holds ``I.latent`` (C,h,w) and ``I.text.M`` (T,D) of its I-th picture and model M, in float16; a model whose
+states are those of model 0 has none of its own. ``empty.safetensors`` holds the empty caption's states, and index.json
+what the cache was made of. Only whole shards are ever there, so that nothing is lost and nothing is half.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lib_fusion.errors import FusionError
+from lib_fusion.training.pictures import Captioned, PictureError, read_pictures, to_tensor
+
+FORMAT = "denoiser-fusion-cache-1"
+INDEX, EMPTY = "index.json", "empty.safetensors"
+
+
+class Encoders(Protocol):
+    """What turns pictures and captions into what U-Nets are given: the engine's classes, or the WebUI's."""
+
+    identity: Mapping[str, Any]  # {"models": their names, "texts": and "vae": what tells the encoders from others}
+
+    def encode_picture(self, picture: torch.Tensor) -> torch.Tensor:
+        """(3,H,W) in -1..1 -> latent (C,H/8,W/8), scaled as the U-Nets expect it."""
+
+    def encode_texts(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Each model's text states (B,T,D)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cached picture: where it is, and what is known of it."""
+
+    shard: Path
+    index: int
+    size: tuple[int, int]
+    subset: str
+    repeats: float
+    name: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run of ``write_cache`` did."""
+
+    cached: int
+    new: int
+    skipped: tuple[str, ...]
+
+
+def write_cache(
+    source: Path, folder: Path, encoders: Encoders, resolution: int = 512, shard_size: int = 64,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Report:  # fmt: skip
+    """Encodes what is not yet in ``folder``; raises FusionError where that is something else, or the disk is full."""
+    index = {"format": FORMAT, "source": source.name, "resolution": resolution, **encoders.identity}
+    pictures = read_pictures(source)
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_index(folder, index)
+    done = {entry.name for entry in list_entries(folder)}
+    old, skipped = len(done), []
+    if not (folder / EMPTY).is_file():
+        states = encoders.encode_texts([""])
+        _save({f"text.{i}": s[0].to(torch.float16).contiguous() for i, s in enumerate(states)}, folder / EMPTY, {}, 0)
+    fresh = _encodable(pictures, done, resolution, skipped, tell)
+    number = 1 + max((int(path.stem.rpartition("-")[2]) for path in folder.glob("shard-*.safetensors")), default=-1)
+    while batch := list(islice(fresh, shard_size)):
+        tensors: dict[str, torch.Tensor] = {}
+        states = encoders.encode_texts([picture.caption for picture, _ in batch])
+        for i, (_, picture) in enumerate(batch):
+            tensors[f"{i}.latent"] = encoders.encode_picture(picture)
+            for m, text in enumerate(states):
+                if m == 0 or not torch.equal(text[i], states[0][i]):
+                    tensors[f"{i}.text.{m}"] = text[i]
+        items = [
+            {"name": p.name, "caption": p.caption, "subset": p.subset, "repeats": p.repeats, "size": list(x.shape[1:])}
+            for p, x in batch
+        ]
+        tensors = {key: value.to("cpu", torch.float16).contiguous() for key, value in tensors.items()}
+        _save(tensors, folder / f"shard-{number:05d}.safetensors", {"items": json.dumps(items)}, len(done))
+        number += 1
+        done.update(picture.name for picture, _ in batch)
+        tell(f"{len(done)} pictures cached")
+    if not done:
+        raise FusionError(f"{source}: none of its pictures can be used; {'; '.join(skipped[:3])}")
+    return Report(len(done), len(done) - old, tuple(skipped))
+
+
+def _encodable(
+    pictures: Iterable[Captioned | PictureError], done: set[str], resolution: int, skipped: list[str],
+    tell: Callable[[str], None],
+) -> Iterable[tuple[Captioned, torch.Tensor]]:  # fmt: skip
+    """The pictures that are new and can be read; the others are told of."""
+    for picture in pictures:
+        if isinstance(picture, PictureError):
+            error = picture
+        elif picture.name in done:
+            continue
+        else:
+            try:
+                yield picture, to_tensor(picture, resolution)
+                continue
+            except PictureError as found:
+                error = found
+        skipped.append(str(error))
+        tell(f"skipped: {error}")
+
+
+def _check_index(folder: Path, index: Mapping[str, Any]) -> None:
+    path = folder / INDEX
+    if not path.is_file():
+        if any(folder.iterdir()):
+            raise FusionError(f"{folder}: not empty, and not a cache")
+        _write(path, lambda partial: partial.write_text(json.dumps(index, indent=1), "utf-8"), 0)
+        return
+    found = read_index(folder)
+    for key, value in index.items():
+        if found.get(key) != value:
+            told = f"a cache with another {key} ({found.get(key)}, not {value})"
+            raise FusionError(f"{folder}: {told}; use another folder")
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a cache was made of; raises FusionError where there is none."""
+    try:
+        found = json.loads((folder / INDEX).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise FusionError(f"{folder}: no cache there ({INDEX} can't be read)") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise FusionError(f"{folder}: no cache there, or one of another version")
+    return found
+
+
+def list_entries(folder: Path) -> list[Entry]:
+    """Everything cached, in the order of the shards."""
+    entries = []
+    for shard in sorted(folder.glob("shard-*.safetensors")):
+        try:
+            with safe_open(shard, framework="pt") as file:
+                items = json.loads(file.metadata()["items"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise FusionError(f"{shard}: broken; delete it, and cache again ({error})") from error
+        entries += [
+            Entry(shard, i, tuple(item["size"]), item["subset"], item["repeats"], item["name"], item["caption"])
+            for i, item in enumerate(items)
+        ]
+    return entries
+
+
+class Cache:
+    """A cache to read from: ``entries``, and the tensors of any of them, in float32."""
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        self.index = read_index(folder)
+        self.num_models = len(self.index["texts"])
+        self.entries = list_entries(folder)
+        if not self.entries:
+            raise FusionError(f"{folder}: a cache without pictures")
+        with safe_open(folder / EMPTY, framework="pt") as file:
+            self.empty = [file.get_tensor(f"text.{m}").float() for m in range(self.num_models)]
+        self._open: dict[Path, Any] = {}
+
+    def read(self, entry: Entry) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Latent (C,h,w) and each model's text states (T,D)."""
+        if entry.shard not in self._open:
+            self._open[entry.shard] = safe_open(entry.shard, framework="pt")
+        file = self._open[entry.shard]
+        latent = file.get_tensor(f"{entry.index}.latent").float()
+        names = {f"{entry.index}.text.{m}" for m in range(self.num_models)} & set(file.keys())
+        first = file.get_tensor(f"{entry.index}.text.0").float()
+        texts = [file.get_tensor(name).float() if (name := f"{entry.index}.text.{m}") in names else first
+                 for m in range(self.num_models)]  # fmt: skip
+        return latent, texts
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str], safe: int) -> None:
+    _write(path, lambda partial: save_file(tensors, partial, metadata), safe)
+
+
+def _write(path: Path, write: Callable[[Path], Any], safe: int) -> None:
+    """Writes a file whole or not at all; ``safe`` pictures are in the cache already."""
+    partial = path.with_suffix(".partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        told = f"{safe} pictures are cached and stay; the same command goes on from there"
+        raise FusionError(f"{path}: can't be written ({error}); {told}") from error

@@ -1,0 +1,196 @@
+"""Caching a data set: what is read, what is skipped, and that nothing done is ever lost."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from lib_fusion.__main__ import main
+from lib_fusion.errors import FusionError
+from lib_fusion.training.cache import Cache, write_cache
+from lib_fusion.training.pictures import Captioned, PictureError, read_pictures, to_tensor
+from tests.training.conftest import DEMO, MODELS, NAMES, write_pictures
+
+
+def test_holds_what_the_encoders_give(data):
+    cache = Cache(data.cache)
+    assert [entry.name for entry in cache.entries] == [f"{name}-flat.webp" for name in NAMES]
+    assert {entry.subset for entry in cache.entries} == {"a", "b"}
+    assert len(list(data.cache.glob("shard-*"))) == 3
+    latent, texts = cache.read(cache.entries[4])
+    picture = next(p for p in read_pictures(data.pictures) if p.name == "car-flat.webp")
+    expected = data.encoders.encode_picture(to_tensor(picture, 64))
+    torch.testing.assert_close(latent, expected, atol=2e-3, rtol=2e-3)
+    for text, state in zip(texts, data.encoders.encode_texts(["a car, flat drawing"]), strict=True):
+        torch.testing.assert_close(text, state[0], atol=5e-3, rtol=2e-3)
+    torch.testing.assert_close(cache.empty[1], data.encoders.encode_texts([""])[1][0], atol=5e-3, rtol=2e-3)
+
+
+def test_states_of_different_encoders_are_kept_apart(tmp_path, data):
+    class Two:
+        identity = {"models": ["a", "b"], "texts": ["1", "2"], "vae": "3"}
+
+        def encode_picture(self, picture):
+            return data.encoders.encode_picture(picture)
+
+        def encode_texts(self, texts):
+            first = torch.arange(len(texts) * 6, dtype=torch.float32).view(-1, 2, 3)
+            return [first, first + 1]
+
+    write_cache(data.pictures, tmp_path / "cache", Two(), 64)
+    cache = Cache(tmp_path / "cache")
+    _, (first, second) = cache.read(cache.entries[3])
+    assert torch.equal(second, first + 1)
+
+
+def test_a_second_run_does_only_what_is_new(tmp_path, data):
+    shutil.copytree(data.cache, tmp_path / "cache")
+    (tmp_path / "cache" / "shard-00002.safetensors").unlink()
+    pictures = write_pictures(tmp_path / "pictures", (*NAMES, "truck"))
+    report = write_cache(pictures, tmp_path / "cache", data.encoders, 64, 4)
+    assert (report.cached, report.new) == (10, 2)
+    a, b = Cache(data.cache), Cache(tmp_path / "cache")
+    for x, y in zip(a.entries, b.entries):
+        assert torch.equal(a.read(x)[0], b.read(y)[0])
+
+
+def test_broken_pictures_are_told_of_and_skipped(tmp_path, data):
+    pictures = write_pictures(tmp_path / "pictures", ("dog", "fox"))
+    (pictures / "fox-flat.webp").write_bytes((pictures / "fox-flat.webp").read_bytes()[:200])
+    with (pictures / "metadata.jsonl").open("a") as file:
+        for line in ('{"file_name": "no.png", "text": "x"}', '{"text": "x"}', "no json", "[1]",
+                     '{"file_name": "../pictures/../../x.png", "text": "x"}',
+                     '{"file_name": "dog-flat.webp", "text": "x", "repeats": 0}'):  # fmt: skip
+            file.write(f"\n{line}")
+    told = []
+    report = write_cache(pictures, tmp_path / "cache", data.encoders, 64, tell=told.append)
+    assert report.cached == 1
+    assert len(report.skipped) == 7
+    assert "fox-flat.webp: can't be read" in report.skipped[0]
+    assert sum(text.startswith("skipped") for text in told) == 7
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (lambda f: None, "no folder of pictures"),
+        (lambda f: f.mkdir(), "no pictures there"),
+        (lambda f: (f.mkdir(), shutil.copy(DEMO / "images/dog-flat.webp", f)), "neither metadata.jsonl nor a .txt"),
+        (lambda f: (f.mkdir(), (f / "metadata.jsonl").write_text("{}")), "none of its pictures can be used"),
+        (lambda f: (f.mkdir(), (f / "metadata.jsonl").write_text("")), "none of its pictures can be used"),
+    ],
+)
+def test_a_data_set_without_captions_is_refused(tmp_path, data, prepare, says):
+    prepare(tmp_path / "pictures")
+    with pytest.raises(FusionError, match=says) as caught:
+        write_cache(tmp_path / "pictures", tmp_path / "cache", data.encoders, 64)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_captions_beside_pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "deeper").mkdir(parents=True)
+    shutil.copy(DEMO / "images/dog-flat.webp", folder / "deeper")
+    shutil.copy(DEMO / "images/cat-flat.webp", folder)
+    (folder / "deeper" / "dog-flat.txt").write_text(" a dog\n")
+    found = list(read_pictures(folder))
+    assert [type(entry) for entry in found] == [PictureError, Captioned]
+    assert (found[1].name, found[1].caption, found[1].subset) == ("deeper/dog-flat.webp", "a dog", "all")
+    assert "cat-flat.webp: no caption" in str(found[0])
+
+
+def test_webdataset(tmp_path):
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for name, content in (("x/0001.webp", (DEMO / "images/dog-flat.webp").read_bytes()), ("x/0001.txt", b"a dog"),
+                              ("x/0001.json", b"{}"), ("x/0002.png", b"not a picture"), ("x/0002.txt", b"a cat"),
+                              ("x/0003.jpg", b"")):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    found = list(read_pictures(tmp_path / "set.tar"))
+    assert [p.name for p in found if isinstance(p, Captioned)] == ["x/0001", "x/0002"]
+    assert to_tensor(found[0], 64).shape == (3, 64, 64)
+    with pytest.raises(PictureError, match="x/0002"):
+        to_tensor(found[1], 64)
+    (tmp_path / "broken.tar").write_bytes((tmp_path / "set.tar").read_bytes()[:700])
+    with pytest.raises(FusionError, match="tar"):
+        list(read_pictures(tmp_path / "broken.tar"))
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "shape"),
+    [((100, 60), 64, (64, 64)), ((60, 100), 64, (64, 64)), ((101, 63), 0, (56, 96)), ((64, 64), 0, (64, 64))],
+)
+def test_sizes(size, resolution, shape):
+    buffer = io.BytesIO()
+    Image.new("RGBA", size, (255, 0, 0, 255)).save(buffer, "PNG")
+    x = to_tensor(Captioned("x", "", buffer.getvalue()), resolution)
+    assert x.shape == (3, *shape)
+    assert torch.equal(x[:, 5, 5], torch.tensor([1.0, -1.0, -1.0]))
+
+
+def test_transparent_is_white():
+    buffer = io.BytesIO()
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(buffer, "PNG")
+    assert torch.equal(to_tensor(Captioned("x", "", buffer.getvalue()), 0), torch.ones(3, 16, 16))
+
+
+def test_another_data_set_or_folder_is_refused(tmp_path, data):
+    with pytest.raises(FusionError, match="another resolution"):
+        write_cache(data.pictures, data.cache, data.encoders, 128)
+    with pytest.raises(FusionError, match="not a cache"):
+        write_cache(data.pictures, data.pictures, data.encoders, 64)
+    shutil.copytree(data.cache, tmp_path / "cache")
+    shard = tmp_path / "cache" / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(FusionError, match=r"shard-00001.safetensors: broken; delete it"):
+        Cache(tmp_path / "cache")
+    (tmp_path / "cache" / "index.json").write_text("{}")
+    with pytest.raises(FusionError, match="no cache there"):
+        Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 100 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder]
+    if os.geteuid() or subprocess.run(mount, check=False).returncode:
+        pytest.skip("a small tmpfs can't be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=False)
+
+
+def test_disk_full_loses_nothing(small_disk: Path, data):
+    cache = small_disk / "cache"
+    with pytest.raises(FusionError, match=r"can't be written .*pictures are cached and stay") as caught:
+        write_cache(data.pictures, cache, data.encoders, 64, shard_size=2)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not list(cache.glob("*.partial"))
+    before = Cache(cache).entries
+    assert 0 < len(before) < len(NAMES)
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    report = write_cache(data.pictures, cache, data.encoders, 64, shard_size=2)
+    assert (report.cached, report.new) == (len(NAMES), len(NAMES) - len(before))
+    assert Cache(cache).entries[: len(before)] == before
+
+
+def test_command(tmp_path, capsys):
+    pictures = write_pictures(tmp_path / "pictures", ("dog", "bus"))
+    argv = ["cache", "--source", str(pictures), "--cache", str(tmp_path / "cache"), "--resolution", "64",
+            "--model", MODELS[0], "--model", MODELS[1]]  # fmt: skip
+    assert main(argv) == 0
+    assert "2 pictures, 2 of them new, 0 skipped" in capsys.readouterr().out
+    assert json.loads((tmp_path / "cache" / "index.json").read_text())["models"] == ["animals", "vehicles"]
+    assert main([*argv[:4], str(tmp_path / "other"), "--resolution", "63", *argv[7:]]) == 2
+    assert "divisible by 8" in capsys.readouterr().err

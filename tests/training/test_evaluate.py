@@ -1,0 +1,94 @@
+"""Evaluation: the numbers are those of an independent computation, and losing is said plainly."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lib_fusion.__main__ import main
+from lib_fusion.aggregators import Card, model_of, save_aggregators
+from lib_fusion.training.cache import Cache
+from lib_fusion.training.ensemble import alphas_cumprod, load_models
+from lib_fusion.training.evaluate import MEAN_FEATURES, MEAN_PREDICTIONS, ORACLE, TRAINED, evaluate
+from lib_fusion.unet.lockstep import sizes_for
+from tests.training.conftest import MODELS
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory, data):
+    unets = load_models(MODELS, Cache(data.cache), torch.float32, torch.device("cpu"))
+    sizes = sizes_for(unets[0], 2, 8, 1, 2)
+    path = tmp_path_factory.mktemp("evaluate") / "untrained.safetensors"
+    card = Card("sd1", "epsilon", sizes, tuple(model_of(m) for m in MODELS))
+    save_aggregators(path, card, sizes.make().state_dict())
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(data, untrained):
+    return evaluate(data.cache, MODELS, untrained, (150, 650))
+
+
+def test_untrained_is_the_uniform_average(result):
+    assert result.mean(TRAINED) == pytest.approx(result.mean(MEAN_FEATURES), rel=1e-4)
+    assert result.subsets == {"a": 5, "b": 4}
+    assert set(result.loss[TRAINED]["a"]) == {150, 650}
+    for weights in result.routing["a"].values():
+        assert weights == pytest.approx([0.5, 0.5], abs=1e-3)
+    assert len(result.sharpness) == 13
+
+
+def test_single_models_are_the_models_themselves(result, data):
+    import zlib
+
+    cache = Cache(data.cache)
+    unets = load_models(MODELS, cache, torch.float32, torch.device("cpu"))
+    for m, name in enumerate(("only animals", "only vehicles")):
+        total = 0.0
+        entries = [entry for entry in cache.entries if entry.subset == "a"]
+        for entry in entries:
+            latent, texts = cache.read(entry)
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{entry.name}/650".encode()))
+            noise, a = torch.randn(latent.shape, generator=generator), alphas_cumprod()[650]
+            x = (a.sqrt() * latent + (1 - a).sqrt() * noise)[None]
+            total += (unets[m](x, torch.tensor([650]), texts[m][None])[0] - noise).square().mean().item()
+        assert result.loss[name]["a"][650] == pytest.approx(total / len(entries), rel=1e-4)
+
+
+def test_average_and_oracle(result):
+    assert result.mean(MEAN_PREDICTIONS) != pytest.approx(result.mean(MEAN_FEATURES), rel=0.01)
+    for subset in result.subsets:
+        singles = [result.mean(f"only {name}", subset) for name in ("animals", "vehicles")]
+        assert result.mean(ORACLE, subset) == min(singles)
+
+
+def test_verdict(result):
+    ahead = result.mean(TRAINED) < min(result.mean("only animals"), result.mean("only vehicles"))
+    assert ("does NOT beat" in result.verdict()) != ahead
+    for factor, says in ((0.01, "The aggregator beats"), (100, "does NOT beat")):
+        changed = evaluate_like(result, factor)
+        assert says in changed.verdict()
+
+
+def evaluate_like(result, factor):
+    from copy import deepcopy
+
+    changed = deepcopy(result)
+    for losses in changed.loss[TRAINED].values():
+        losses.update({t: value * factor for t, value in losses.items()})
+    return changed
+
+
+def test_command(tmp_path, data, untrained, capsys):
+    argv = ["evaluate", "--cache", str(data.cache), "--model", MODELS[0], "--model", MODELS[1], "--aggregator",
+            str(untrained), "--out", str(tmp_path), "--timesteps", "400"]  # fmt: skip
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "| held-out loss | a (5) | b (4) | all |" in printed
+    assert json.loads((tmp_path / "evaluation.json").read_text())["models"] == ["animals", "vehicles"]
+    assert (tmp_path / "evaluation.png").stat().st_size > 10000
+    assert main([*argv[:-1], "1000"]) == 2
+    assert main([*argv[:3], "--model", MODELS[1], "--model", MODELS[0], *argv[7:]]) == 2
+    assert "in the order animals, vehicles" in capsys.readouterr().err

@@ -1,0 +1,188 @@
+"""AFA in the real host: identities, the panel, API and infotext agree, and nothing stays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.webui_live.client import TITLE, Client, RefusedError, decode, expert
+from tests.webui_live.conftest import Names
+from tests.webui_live.host import Host
+from tests.webui_live.test_browser import PANEL, SECONDS, browser, choose, generate, page, prepare  # noqa: F401
+from tests.webui_live.test_requests import panel_args, without_seconds
+
+ALONE = {"snb_window": [0, 0], "snb_outside": "expert"}
+UNIFORM = {"method": "AFA", "afa_maps": "uniform"}
+LONG = "a " * 90
+SAMPLERS = ("Euler", "DDIM", "DPM++ 2M", "Heun", "UniPC")
+
+
+@pytest.fixture(scope="module")
+def files(host: Host) -> Iterator[Path]:
+    """Aggregators with random weights in the host's folder: for two demo models, for SDXL, and a broken file."""
+    import torch
+
+    from lib_fusion.aggregators import Card, model_of, save_aggregators
+    from lib_fusion.unet.lockstep import sizes_for
+    from lib_fusion.unet.model import load_unet
+    from tests.methods.test_afa import randomize
+
+    checkpoints = host.data / "models/Stable-diffusion"
+    folder = host.data / "models/denoiser-fusion"
+    ensembles = {"pair": ("tiny_a", "tiny_b"), "copies": ("tiny_a", "tiny_copy"), "gone": ("tiny_a", "nobody"),
+                 "xl": ("tiny_xl", "tiny_xl_b"), "xl_copies": ("tiny_xl", "tiny_xl_copy")}  # fmt: skip
+    for name, models in ensembles.items():
+        paths = [checkpoints / f"{model}.safetensors" for model in models]
+        unet = load_unet(paths[0])
+        sizes = sizes_for(unet, 2, hidden=8, layers=1, heads=2)
+        known = tuple(model_of(path if path.is_file() else paths[0]) for path in paths)
+        known = tuple(type(m)(path.stem, m.unet) for m, path in zip(known, paths))
+        card = Card(unet.kind, "epsilon", sizes, known)
+        save_aggregators(folder / f"{name}.safetensors", card, randomize(sizes.make()).state_dict(), torch.float32)
+    whole = (folder / "pair.safetensors").read_bytes()
+    (folder / "broken.safetensors").write_bytes(whole[: len(whole) // 2])
+    yield folder
+    shutil.rmtree(folder)
+
+
+def afa(name: str, **more: object) -> dict:
+    return {"method": "AFA", "afa_aggregator": name, **more}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_uniform_with_a_copy_is_the_base(client: Client, names: Names, sampler: str) -> None:
+    """Half and half of the same is the same, bit for bit."""
+    off = client.draw(sampler_name=sampler)
+    assert client.draw(expert(names.copy, **UNIFORM), sampler_name=sampler).same_as(off)
+
+
+CASES = {
+    "AND, long, batch 2": ({"prompt": f"a cat AND {LONG}:0.7 AND x", "batch_size": 2}, {}),
+    "one half at a time": ({}, {"batch_cond_uncond": False}),
+    "padded": ({"prompt": LONG}, {"pad_cond_uncond": True}),
+    "NGMS": ({"s_min_uncond": 4.0, "steps": 6}, {}),
+    "hires": ({"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}, {}),
+    "odd size": ({"width": 136, "height": 72}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_hot_is_the_model_alone(client: Client, case: str) -> None:
+    """The whole chain: own text encoder, own time embedding, own blocks, against the host with that checkpoint."""
+    changes, settings = CASES[case]
+    for i, name in enumerate(("tiny_a", "tiny_b")):
+        maps = "only base" if i == 0 else "only expert 1"
+        on = client.draw(expert("tiny_b", method="AFA", afa_maps=maps), model="tiny_a", settings=settings, **changes)
+        assert on.same_as(client.draw(model=name, settings=settings, **changes))
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "DDIM"])
+def test_one_hot_on_sdxl(client: Client, sampler: str) -> None:
+    fusion = expert("tiny_xl_b", method="AFA", afa_maps="only expert 1")
+    on = client.draw(fusion, model="tiny_xl", sampler_name=sampler)
+    assert on.same_as(client.draw(model="tiny_xl_b", sampler_name=sampler))
+
+
+@pytest.mark.parametrize(("base", "name"), [("tiny_a", "copies"), ("tiny_xl", "xl_copies")])
+def test_copies_are_the_base_whatever_the_weights(client: Client, files: Path, base: str, name: str) -> None:
+    off, on = client.draw(model=base), client.draw(afa(name), model=base)
+    assert abs(on.pixels[0].astype(int) - off.pixels[0]).max() <= 1
+
+
+def test_experts_come_from_the_file(client: Client, files: Path) -> None:
+    on = client.draw(afa("pair"), model="tiny_a")
+    assert on.params["Fusion expert 1 checkpoint"] == "tiny_b.safetensors"
+    assert on.params["Fusion aggregator"] == "pair"
+    assert on.params["Fusion U-Net calls"] == "base 4, expert 1 4"
+    assert on.same_as(client.draw(expert("tiny_b", **afa("pair.safetensors")), model="tiny_a"))
+    others = [client.draw(expert("tiny_b", **more), model="tiny_a") for more in ({}, UNIFORM, ALONE)]
+    assert not any(on.same_as(other) for other in [*others, client.draw(model="tiny_a")])
+    assert not client.draw(afa("xl"), model="tiny_xl").same_as(client.draw(model="tiny_xl"))
+
+
+def test_window_and_off(client: Client, files: Path) -> None:
+    off = client.draw(model="tiny_a")
+    before = client.state()
+    half = client.draw(afa("pair", snb_window=[1000, 500]), model="tiny_a", steps=6)
+    calls = [int(part.split()[-1]) for part in half.params["Fusion U-Net calls"].split(", ")]
+    assert 0 < calls[1] < calls[0] == 6
+    assert client.draw(model="tiny_a").same_as(off)
+    assert client.state() == before
+
+
+def test_error_in_the_unet_leaves_nothing(client: Client, files: Path) -> None:
+    on = client.draw(afa("pair"), model="tiny_a")
+    client.ask("/probe/arm", what="fail")
+    with pytest.raises(RefusedError, match="the probe made the U-Net fail"):
+        client.draw(afa("pair"), model="tiny_a")
+    assert client.draw(afa("pair"), model="tiny_a").same_as(on)
+
+
+def test_panel_dict_and_infotext_agree(client: Client, files: Path) -> None:
+    with client.settings({"sd_model_checkpoint": "tiny_a.safetensors"}):
+        by_dict = client.draw(afa("pair", snb_window=[900, 100]))
+        by_panel = client.draw(args=panel_args(client, **{
+            TITLE: True, "Method": "AFA", "Aggregator": "pair", "Expert 1 checkpoint": "tiny_b.safetensors",
+            "Window start": 900, "Window end": 100,
+        }))  # fmt: skip
+        assert by_panel.same_as(by_dict)
+        text = by_dict.infotexts[0]
+        answer = client.ask("/sdapi/v1/txt2img", {"infotext": text, "width": 128, "height": 128})
+        assert without_seconds(json.loads(answer["info"])["infotexts"][0]) == without_seconds(text)
+        assert without_seconds(by_panel.infotexts[0]) == without_seconds(text)
+        assert np.array_equal(decode(answer["images"][0]), by_dict.pixels[0])
+
+
+def test_force_is_told(client: Client, files: Path) -> None:
+    with pytest.raises(RefusedError, match=r"afa_aggregator: .*tiny_c in the place of tiny_b"):
+        client.draw(expert("tiny_c", **afa("pair")), model="tiny_a")
+    forced = client.draw(expert("tiny_c", **afa("pair", afa_force=True)), model="tiny_a")
+    assert forced.params["Fusion force aggregator"] == "True"
+
+
+@pytest.mark.parametrize(
+    ("fusion", "says"),
+    [
+        (afa("nothing"), "no such aggregator; allowed: broken, copies"),
+        (afa("../../config"), "no such aggregator"),
+        (expert("tiny_b", **afa("")), "afa_aggregator"),
+        (afa("broken"), "truncated"),
+        (afa("gone"), "nobody is not among the checkpoints"),
+        (expert("tiny_a", **afa("pair")), "tiny_a in the place of tiny_b"),
+        ({"experts": [{"checkpoint": "tiny_b"}, {"checkpoint": "tiny_c"}], **afa("pair")}, "for 2 models"),
+        (expert("tiny_b", method="AFA", afa_maps="only expert 2"), "afa_maps"),
+        ({"method": "AFA", "afa_maps": "uniform"}, "experts"),
+    ],
+)
+def test_refused(client: Client, files: Path, fusion: dict, says: str) -> None:
+    with pytest.raises(RefusedError, match=says) as caught:
+        client.draw(fusion, model="tiny_a")
+    assert caught.value.status == 422
+    assert "\n" not in caught.value.answer["detail"]
+
+
+def test_wrong_order(client: Client, files: Path) -> None:
+    with pytest.raises(RefusedError, match=r"in the order tiny_a, tiny_b \(base first\), not tiny_b, tiny_a"):
+        client.draw(expert("tiny_a", **afa("pair")), model="tiny_b")
+
+
+def test_choosing_a_file_chooses_method_and_experts(page: Any, client: Client, files: Path) -> None:  # noqa: F811
+    client.draw(model="tiny_a")
+    panel = PANEL.format(tab="txt2img")
+    prepare(page, "a cat")
+    page.locator(f"{panel}_enable .label-wrap").first.click()
+    page.locator(f"{panel}_tabs button", has_text="AFA").click()
+    page.locator(f"{panel}_afa_refresh").click()
+    page.wait_for_timeout(SECONDS)
+    choose(page, f"{panel}_afa_aggregator", "pair")
+    page.wait_for_function(f"document.querySelector('{panel}_afa_told').innerText.startsWith('tiny_a + tiny_b (sd1')")
+    text = generate(page)
+    assert "Fusion method: AFA" in text
+    assert "Fusion aggregator: pair" in text
+    assert "Fusion expert 1 checkpoint: tiny_b.safetensors" in text
