@@ -19,11 +19,11 @@
         const method = read(tab, 'method');
         const names = experts.map(name => name.replace(/^.*[\\/]/, '').replace(/\.\w+$/, '')).join(', ');
         const freeu = read(tab, 'freeu');
-        const skip = read(tab, 'skip');
+        const skipping = read(tab, 'skipping');
         return [
             experts.length ? `${method}: ${names}` : '',
             freeu && freeu !== 'Off' ? `FreeU ${freeu}` : '',
-            skip && skip !== 'off' ? `skip ${skip}` : '',
+            skipping && skipping !== 'Off' ? `Skipping: ${skipping}` : '',
         ].filter(Boolean).join(' · ');
     }
 

@@ -25,6 +25,8 @@ from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, 
 
 #: The rows of an expert that have a flag of their own, ``--expert-...``.
 EXPERT_FLAGS = [row for row in EXPERT_PARAMETERS[1:] if "cli" in row.where]
+#: The rows that ``bench skip-path`` has flags for.
+PATH_KEYS = ("sampler", "steps", "cfg_scale", "seed")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -96,6 +98,19 @@ def build_parser() -> OneLineParser:
     demo.add_argument("--steps", default="50", metavar="VALUE", help="denoising steps (default 50)")
     demo.add_argument("--seed", default="0", metavar="VALUE", help="seed of the first row")
     _add_machine(demo)
+
+    bench = commands.add_parser("bench", help="measure what skipping costs and spares")
+    kinds = bench.add_subparsers(dest="kind", required=True, parser_class=OneLineParser)
+    skip = kinds.add_parser("skip", help="fidelity against cost, on the demo's models, beside the controls")
+    skip.add_argument("--captions", type=int, default=32, metavar="N", help="pictures of each run (default 32)")
+    skip.add_argument("--quick", action="store_true", help="DDIM at one guidance scale only")
+    path = kinds.add_parser("skip-path", help="the greedy best path of a prompt, and the policies' beside it")
+    path.add_argument("--base", metavar="FILE", help="the checkpoint, SD1 .safetensors (default: the demo's general)")
+    path.add_argument("--prompt", default="a fox, flat drawing", metavar="TEXT", help="what to draw")
+    add_rows(path, [row for row in GENERATION_PARAMETERS if row.key in PATH_KEYS])
+    for kind in (skip, path):
+        kind.add_argument("--out", default="outputs/bench", metavar="FOLDER",
+                          help="where tables, plots and runs go; a run that is there is not made again")  # fmt: skip
     return parser
 
 
@@ -276,8 +291,32 @@ def run_demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_bench(args: argparse.Namespace) -> int:
+    if args.kind == "skip":
+        if not 1 <= args.captions <= 144:
+            raise SettingError("captions", args.captions, "allowed: a whole number at least 1 and at most 144")
+        from lib_fusion.engine.bench_skip import bench_skip
+        from lib_fusion.engine.loader import quiet_libraries
+
+        quiet_libraries()
+        bench_skip(Path(args.out), args.captions, args.quick)
+        print(f"The table and the plots: {args.out}")
+        return 0
+    values = {key: getattr(args, key) for key in PATH_KEYS if hasattr(args, key)}
+    generation = GenerationSettings.from_dict({"prompts": [args.prompt], "steps": 20, **values})
+    from lib_fusion.engine.bench_path import bench_path
+    from lib_fusion.engine.demo import FOLDER
+    from lib_fusion.engine.loader import quiet_libraries
+
+    quiet_libraries()
+    for line in bench_path(Path(args.out), Path(args.base or FOLDER / "general.safetensors"), generation):
+        print("{policy}: {computed} of {steps} computed, {psnr} dB; best path {best_psnr} dB, {same_steps} steps the "
+              "same, chi-square {chi_square} (p = {p})".format(**line))
+    return 0
+
+
 COMMANDS = {"generate": run_generate, "demo": run_demo, "cache": run_cache, "train": run_train,
-            "evaluate": run_evaluate, "convert-afa": run_convert}  # fmt: skip
+            "evaluate": run_evaluate, "convert-afa": run_convert, "bench": run_bench}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

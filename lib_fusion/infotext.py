@@ -126,7 +126,7 @@ def adopt_freeu(entries: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def infotext_keys() -> list[str]:
-    return [field.infotext for field in list_fields()] + ["Fusion U-Net calls", "Fusion seconds"]
+    return [field.infotext for field in list_fields()] + ["Fusion U-Net calls", "Fusion U-Net rows", "Fusion seconds"]
 
 
 def _protect(text: str) -> str:

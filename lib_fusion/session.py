@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from lib_fusion.errors import SettingError
 from lib_fusion.methods import freeu, snb
 from lib_fusion.settings import FREEU_AUTO, FREEU_PUBLISHED, FREEU_STAGES, FusionSettings
+from lib_fusion.skips import make_skips
 
 BASE = 0
 
@@ -34,7 +35,7 @@ class FusionSession:
 
     ``fixed_mask``: bool (1 or B,1,h,w), True where the first expert rules, for method Mask; resized to the latent.
     ``kind`` is that of the U-Nets (``checkpoint.unet_kind``), to which ``freeu`` is to be attached, if it is not None.
-    ``calls`` and ``rows`` count U-Net calls and batch rows per model, as reported by ``count``.
+    ``calls``, ``rows`` and ``skipped_rows`` count U-Net calls and batch rows per model, as reported by ``count``.
     """
 
     settings: FusionSettings
@@ -44,13 +45,15 @@ class FusionSession:
     masks: list[MaskRecord] = field(default_factory=list)
     calls: list[int] = field(init=False)
     rows: list[int] = field(init=False)
+    skipped_rows: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.num_models = 1 + len(self.settings.experts)
-        self.calls, self.rows = [0] * self.num_models, [0] * self.num_models
+        self.calls, self.rows, self.skipped_rows = ([0] * self.num_models for _ in range(3))
         self._hold = snb.HeldMask(self.settings.snb_hold)
         self._held_models: tuple[int, ...] | None = None
-        self._last_winner: torch.Tensor | None = None
+        self.last_winner: torch.Tensor | None = None
+        self.skips = make_skips(self.settings)
         self.freeu = make_freeu(self.settings, self.kind)
         self.levels: Sequence[float] = (1000.0, 0.0)
 
@@ -75,10 +78,11 @@ class FusionSession:
         """Whether the models of ``models_at`` make one prediction together (AFA): the base's, under its hooks."""
         return self.settings.method == "AFA" and len(self.models_at(timestep)) > 1
 
-    def count(self, model: int, rows: int) -> None:
-        """Notes one U-Net call of ``rows`` batch rows."""
-        self.calls[model] += 1
+    def count(self, model: int, rows: int, skipped: int = 0) -> None:
+        """Notes a U-Net call of ``rows`` batch rows, none where 0, and how many rows were forecast instead."""
+        self.calls[model] += rows > 0
         self.rows[model] += rows
+        self.skipped_rows[model] += skipped
 
     def begin(self, levels: Sequence[float]) -> None:
         """Tells the noise levels of the pass, sigmas or timesteps: step i goes from ``levels[i]`` to ``levels[i + 1]``.
@@ -108,6 +112,10 @@ class FusionSession:
             yield
         finally:
             self.freeu.strength = 0.0
+
+    def forget(self) -> None:
+        """Another base has taken over: what is known of the models' noises holds no more."""
+        self.skips = self.skips and make_skips(self.settings)
 
     def fuse(
         self,
@@ -141,7 +149,7 @@ class FusionSession:
         """
         if self.settings.method == "Average":
             return snb.average(rows.values())
-        index = self._last_winner if cond is None else self.winner(timestep, cond, uncond, guidance_scale)
+        index = self.last_winner if cond is None else self.winner(timestep, cond, uncond, guidance_scale)
         return None if index is None else snb.select(index[owner], rows)
 
     def winner(
@@ -168,7 +176,7 @@ class FusionSession:
                 [s.k_general] + [s.k_expert] * (self.num_models - 1),
             )
             index = self._hold.update(timestep, maps)
-        self._last_winner = index
+        self.last_winner = index
         if self.keep_masks:
             self.masks.append(MaskRecord(timestep, index.cpu()))
         return index

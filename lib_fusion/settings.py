@@ -193,6 +193,37 @@ FREEU_PARAMETERS: tuple[Parameter, ...] = (
     *FREEU_CUSTOM,
 )  # fmt: skip
 
+#: Ready-made amounts of skipping by forecasts; the first is the rows' own default.
+SKIP_PRESETS: dict[str, dict[str, Any]] = {
+    "Faithful": {"skip_tolerance": 0.15, "skip_max": 1},
+    "Balanced": {"skip_tolerance": 0.15, "skip_max": 2},
+    "Fast": {"skip_tolerance": 0.2, "skip_max": 2},
+}
+#: Rows of adaptive skipping.
+SKIP_PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("skipping", "choice", "Off", "skipping",
+              "Which steps' U-Net calls are left out. Forecast: where their result can be told from before, by an "
+              "error that is measured as it goes. Paper: AdaptiveDiffusion's rule, the last result is used again.",
+              choices=("Off", "Forecast", "Paper")),
+    Parameter("skip_tolerance", "float", 0.15, "skip tolerance",
+              "Forecast: how wrong a forecast may be, relative to the guided noise; more skips more, 0 skips nothing.",
+              low=0, high=10, step=0.01),
+    Parameter("skip_threshold", "float", 0.01, "skip threshold",
+              "Paper: how unsteady the latent's course may be; more skips more, 0 skips nothing.",
+              low=0, high=1, step=0.005),
+    Parameter("skip_max", "int", 0, "skips in a row",
+              "The most calls left out in a row; 0: the policy's own, 1 for Forecast and 4 for Paper.",
+              low=0, high=8, step=1),
+    Parameter("skip_warmup", "int", 4, "skip warm-up", "Forecast: how many steps are computed before any is skipped.",
+              low=3, high=1000),
+    Parameter("skip_correct", "bool", True, "skip correction",
+              "Forecast: whether the next computed call corrects the step that was skipped, for samplers where that is "
+              "exact."),
+    Parameter("skip_passes", "choice", "both", "skip passes",
+              "In which sampling passes calls are skipped: both, only the first, or only hires fix.",
+              choices=("both", "first", "hires"), where=("panel",)),
+)  # fmt: skip
+
 #: Rows of the fusion itself.
 PARAMETERS: tuple[Parameter, ...] = (
     Parameter("method", "choice", "SNB", "method",
@@ -223,6 +254,7 @@ PARAMETERS: tuple[Parameter, ...] = (
               "Whether the experts go on when the refiner takes over from the base; it must be of their kind.",
               where=("panel",)),
     *FREEU_PARAMETERS,
+    *SKIP_PARAMETERS,
 )  # fmt: skip
 
 #: The panel's own switch; what the API gives is on unless it says otherwise.
@@ -362,10 +394,16 @@ class FusionSettings(_Rows):
         return {"experts": [dict(vars(expert)) for expert in self.experts], **rows}
 
     @property
+    def may_skip(self) -> bool:
+        """Whether U-Net calls may be skipped at all."""
+        limit = {"Off": 0, "Forecast": self.skip_tolerance, "Paper": self.skip_threshold}
+        return limit[self.skipping] > 0
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing is asked for, so that there is nothing to do."""
         names_experts = self.needs_aggregator and bool(self.afa_aggregator)
-        return not self.experts and not names_experts and self.freeu == "Off"
+        return not self.experts and not names_experts and self.freeu == "Off" and self.skipping == "Off"
 
     def in_window(self, timestep: float) -> bool:
         """Whether the models are fused at this timestep: ``start >= t > end``, and down to 0 where the end is 0."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from lib_fusion.aggregators import load_for, model_of
 from lib_fusion.checkpoint import Checkpoint
 from lib_fusion.engine.loader import VAE_SCALE, DiffusionModel, check_checkpoint, load_model
 from lib_fusion.engine.samplers import make_scheduler
+from lib_fusion.engine.steps import SamplerSteps
 from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.methods import afa
 from lib_fusion.session import FusionSession, MaskRecord
 from lib_fusion.settings import FusionSettings, GenerationSettings
+from lib_fusion.skips import join_records
 from lib_fusion.unet.hooks import Hooks, attach_freeu
 from lib_fusion.unet.layout import read_layout
 from lib_fusion.unet.lockstep import Lockstep, mean_context
@@ -88,6 +91,7 @@ class Engine:
         self.check(fusion, fixed_mask)
         jobs = [(prompt, generation.seed + i) for prompt in generation.prompts for i in range(generation.count)]
         pictures: list[Picture] = []
+        skipped: list[dict] = []
         calls = [0] * (1 + len(fusion.experts))
         rows = list(calls)
         began = time.perf_counter()
@@ -101,6 +105,8 @@ class Engine:
                 images = self.decode(latents)
                 for i, ((prompt, seed), image) in enumerate(zip(batch, images, strict=True)):
                     pictures.append(Picture(image, prompt, seed, [_mask_of(m, i) for m in session.masks]))
+                if session.skips is not None:
+                    skipped.append(session.skips.record())
                 calls = [a + b for a, b in zip(calls, session.calls, strict=True)]
                 rows = [a + b for a, b in zip(rows, session.rows, strict=True)]
         record = {
@@ -112,6 +118,8 @@ class Engine:
             "unet_calls": calls,
             "unet_rows": rows,
         }
+        if skipped:
+            record["skips"] = join_records(skipped)
         return Run(pictures, record)
 
     def check(self, fusion: FusionSettings, fixed_mask: torch.Tensor | None = None) -> None:
@@ -173,6 +181,8 @@ class Engine:
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for _, seed in jobs]
         x = torch.cat(noise).to(self.device) * scheduler.init_noise_sigma
         alphas = scheduler.alphas_cumprod.to(self.device)
+        weights = torch.tensor([generation.cfg_scale, 1 - generation.cfg_scale], device=self.device).view(2, 1, 1, 1)
+        steps = SamplerSteps(scheduler, session, generation.cfg_scale)
         session.begin([*map(float, scheduler.timesteps), -1.0])
         self._check_afa(session.settings)
         lockstep = self.make_lockstep(session.settings) if session.settings.method == "AFA" else None
@@ -180,24 +190,39 @@ class Engine:
         decoder = [point for unet in unets for point in read_layout(unet).decoder]
         with attach_freeu(decoder, session.freeu), lockstep.attach() if lockstep else Hooks():
             for t in scheduler.timesteps:
-                scaled = scheduler.scale_model_input(x, t)
-                cond, uncond = {}, {}
-                models = session.models_at(float(t))
-                for i in models:
-                    session.count(i, 2 * len(x))
-                if session.in_lockstep(float(t)):
-                    contexts = [torch.cat([told[i].cond, told[i].uncond]) for i in models]
-                    together = lockstep.running(contexts[1:], mean_context(contexts))
-                else:
-                    together = nullcontext()
-                for i in models[:1] if session.in_lockstep(float(t)) else models:
-                    with together, session.using_freeu(i, float(t)):
-                        cond[i], uncond[i] = self._predict(self.models[i], told[i], scaled, t, alphas)
-                c, u = session.fuse(float(t), cond, uncond, generation.cfg_scale)
-                x = scheduler.step(u + generation.cfg_scale * (c - u), t, x).prev_sample
+                scaled = steps.sampler.scale_model_input(x, t)  # variance-preserving, whatever the sampler
+                skips = session.skips
+                models, together = session.models_at(float(t)), session.in_lockstep(float(t))
+                if skips is not None:
+                    a = float(_alpha_at(t.to(self.device), alphas))
+                    skips.begin_step(math.log((1 - a) / a) / 2, list(scaled), bool(t == scheduler.timesteps[-1]))
+                    skips.join(together)
+                noises: dict[int, torch.Tensor] = {}
+                for i in models[:1] if together else models:
+                    run = list(range(len(x))) if skips is None else skips.needed(i)
+                    if run:
+                        others = self._running(lockstep, [told[j] for j in models], run) if together else nullcontext()
+                        with others, session.using_freeu(i, float(t)):
+                            noises[i] = self._predict(self.models[i], told[i], scaled, t, alphas, run)
+                    for j in models if together else (i,):
+                        session.count(j, 2 * len(run), 2 * (len(x) - len(run)))
+                    if skips is not None:
+                        computed = dict(zip(run, noises.get(i, ()), strict=True))
+                        noises[i] = torch.stack([
+                            skips.observe(i, picture, computed[picture], weights) if picture in computed
+                            else skips.forecast(i, picture) for picture in range(len(x))
+                        ])  # fmt: skip
+                if skips is not None:
+                    x = steps.correct(skips.take_corrections(), x)
+                x = steps.take(noises, t, x)
                 if bar is not None:
                     bar.update()
         return x
+
+    def _running(self, lockstep: Lockstep, told: Sequence[Conditioning], pictures: list[int]) -> AbstractContextManager:
+        """The base's forward as that of all models, for some of the pictures."""
+        contexts = [torch.cat([each.cond[pictures], each.uncond[pictures]]) for each in told]
+        return lockstep.running(contexts[1:], mean_context(contexts))
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Pictures of latents (B,4,h,w), by the base's VAE."""
@@ -221,17 +246,18 @@ class Engine:
         return told
 
     def _predict(
-        self, model: DiffusionModel, told: Conditioning, x: torch.Tensor, t: torch.Tensor, alphas: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A model's noise for the scaled latents (B,4,h,w) with and without its prompt; float32."""
-        rows = torch.cat([x, x])
+        self, model: DiffusionModel, told: Conditioning, x: torch.Tensor, t: torch.Tensor, alphas: torch.Tensor,
+        pictures: Sequence[int],
+    ) -> torch.Tensor:  # fmt: skip
+        """A model's noise for some of the scaled latents (B,4,h,w), with and without its prompt: (n,2,4,h,w)."""
+        chosen = list(pictures)
+        rows = torch.cat([x[chosen]] * 2)
         timesteps = t.to(self.device, torch.float32).expand(len(rows))
-        output = model.unet(rows, timesteps, torch.cat([told.cond, told.uncond])).float()
+        output = model.unet(rows, timesteps, torch.cat([told.cond[chosen], told.uncond[chosen]])).float()
         if model.unet.prediction == "v":  # eps = sqrt(a) v + sqrt(1 - a) x, with x variance-preserving
             a = _alpha_at(t.to(self.device), alphas)
             output = a.sqrt() * output + (1 - a).sqrt() * rows
-        cond, uncond = output.chunk(2)
-        return cond, uncond
+        return torch.stack(output.chunk(2), dim=1)
 
 
 def _check_fits(base: Checkpoint, expert: Checkpoint) -> None:

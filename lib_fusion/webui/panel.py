@@ -17,13 +17,29 @@ from modules import infotext_utils, paths, sd_models, shared, ui_common, ui_comp
 from lib_fusion import infotext
 from lib_fusion.errors import FusionError
 from lib_fusion.infotext import Field
-from lib_fusion.settings import COMPARE, FREEU_AUTO, FREEU_PUBLISHED, FREEU_PUBLISHED_ROWS, FREEU_STAGES, MAX_EXPERTS
+from lib_fusion.settings import (
+    COMPARE,
+    FREEU_AUTO,
+    FREEU_PUBLISHED,
+    FREEU_PUBLISHED_ROWS,
+    FREEU_STAGES,
+    MAX_EXPERTS,
+    SKIP_PRESETS,
+)
 from lib_fusion.webui import aggregators, experts, presets, request
 from lib_fusion.webui.runtime import runtime
 from lib_fusion.webui.sampling import PLACES, PREVIEW_OPTION
 
 #: The setting by which pasted settings switch the panel.
 PASTE_OPTION = "denoiser_fusion_paste_switches"
+#: The amounts of skipping, for people.
+SKIP_WORDS = {
+    "Faithful": "Hardly any difference to be seen; up to half of the U-Net's work is spared",
+    "Balanced": "Small differences; a little more is spared, above all with many steps",
+    "Fast": "Some pictures change a little; the most is spared",
+}
+SKIP_TOLD = ("More steps leave more to skip. With samplers that add noise at each step (ancestral, SDE) forecasts are "
+             "poor, so nearly nothing is skipped. The picture's infotext tells what was.")  # fmt: skip
 #: A slider is of no use where it has more stops than this.
 MOST_STOPS = 1000
 #: More choices than this are a list to open.
@@ -63,6 +79,8 @@ def build(elem_id: Callable[[str], str]) -> Built:
                 build_afa(place, controls, elem_id)
             with gr.Tab("FreeU", elem_id=elem_id("tab_freeu")):
                 build_freeu(place, controls, elem_id)
+            with gr.Tab("Skipping", elem_id=elem_id("tab_skipping")):
+                build_skipping(place, controls, elem_id)
             with gr.Tab("Passes", elem_id=elem_id("tab_passes")), gr.Row():
                 place("passes", "refiner")
         inputs = [control for element in fields for control in controls[element]]
@@ -160,6 +178,24 @@ def describe_freeu(name: str, version: str) -> str:
         return ""
     factors = zip(FREEU_PUBLISHED_ROWS, FREEU_PUBLISHED[name][version])
     return ", ".join(f"{key.removeprefix('freeu_')} {factor:g}" for key, factor in factors)
+
+
+def build_skipping(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
+    """Which policy, three amounts of it in words, and the controls that they set."""
+    with gr.Row():
+        place("skipping", "skip_passes")
+    with gr.Row(elem_classes=["denoiser-fusion-row"]):
+        buttons = {name: gr.Button(name, size="sm", elem_id=elem_id(f"skip_{name.lower()}"), tooltip=SKIP_WORDS[name])
+                   for name in SKIP_PRESETS}  # fmt: skip
+    with gr.Row():
+        place("skip_tolerance", "skip_max", "skip_warmup")
+    with gr.Row():
+        place("skip_correct", "skip_threshold")
+    gr.HTML(SKIP_TOLD, elem_id=elem_id("skip_told"), elem_classes=["denoiser-fusion-told"])
+    targets = [controls[key][0] for key in ("skipping", "skip_tolerance", "skip_max")]
+    for name, button in buttons.items():
+        values = ["Forecast", SKIP_PRESETS[name]["skip_tolerance"], SKIP_PRESETS[name]["skip_max"]]
+        button.click(lambda values=values: values, outputs=targets, show_progress=False)
 
 
 def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:

@@ -62,9 +62,10 @@ def put_axes(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, An
             target = result if field.expert is None else experts[field.expert]
             target[field.row.key] = axes[field.element]
     result["experts"] = [expert for expert in experts if expert.get("checkpoint", "") not in NO_CHECKPOINT]
-    removes = any(key == "freeu" or (key.endswith("_checkpoint") and value in NO_CHECKPOINT)
+    removes = any(key in ("freeu", "skipping") or (key.endswith("_checkpoint") and value in NO_CHECKPOINT)
                   for key, value in axes.items())  # fmt: skip
-    if removes and not result["experts"] and str(result.get("freeu", "Off")).strip().lower() == "off":
+    is_off = all(str(result.get(key, "Off")).strip().lower() == "off" for key in ("freeu", "skipping"))
+    if removes and not result["experts"] and is_off:
         result[ENABLED.key] = False
     return result
 
@@ -86,7 +87,7 @@ def read_dict(values: Mapping[str, Any]) -> FusionSettings | None:
     if not ENABLED.read(values.get(ENABLED.key, True)):
         return None
     if settings.is_idle or len(settings.experts) > MAX_EXPERTS:
-        allowed = f"allowed: 1 to {MAX_EXPERTS} experts, each with a checkpoint, or none with FreeU on"
+        allowed = f"allowed: 1 to {MAX_EXPERTS} experts, each with a checkpoint, or none with FreeU or skipping on"
         raise SettingError("experts", [dict(vars(expert)) for expert in settings.experts], allowed)
     for i, expert in enumerate(settings.experts):
         if expert.checkpoint in NO_CHECKPOINT:

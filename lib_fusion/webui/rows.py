@@ -75,30 +75,32 @@ class Context:
         _, cond = self.parser.reconstruct_multicond_batch(self.told.cond, step)
         return cond, self.parser.reconstruct_cond_batch(self.told.uncond, step)
 
-    def slice(self, step: int, start: int, stop: int, pad: bool, v0: bool) -> Any:
-        """The states of rows ``start..stop``. Both halves get one length where a call mixes them, or the host pads.
+    def slice(self, step: int, chosen: Sequence[int], pad: bool, v0: bool) -> Any:
+        """The states of the rows ``chosen``, ascending. Both halves get one length where a call mixes them or it pads.
 
         ``v0``: by the host's older rule. Anywhere else padding would change the picture.
         """
         cond, uncond = self.at(step)
         num_cond = tokens(cond).shape[0]
-        if tokens(cond).shape[1] != tokens(uncond).shape[1] and (pad or start < num_cond < stop):
+        first = [row for row in chosen if row < num_cond]
+        second = [row - num_cond for row in chosen if row >= num_cond]
+        if tokens(cond).shape[1] != tokens(uncond).shape[1] and (pad or (first and second)):
             cond, uncond = equalize(cond, uncond, self.told.empty, v0)
-        if stop <= num_cond:
-            return take(cond, start, stop)
-        if start >= num_cond:
-            return take(uncond, start - num_cond, stop - num_cond)
-        return join(take(cond, start, num_cond), take(uncond, 0, stop - num_cond))
+        if not second:
+            return take(cond, first)
+        if not first:
+            return take(uncond, second)
+        return join(take(cond, first), take(uncond, second))
 
 
 def tokens(states: Any) -> torch.Tensor:
     return states["crossattn"] if isinstance(states, dict) else states
 
 
-def take(states: Any, start: int, stop: int) -> Any:
+def take(states: Any, rows: list[int]) -> Any:
     if isinstance(states, dict):
-        return {key: value[start:stop] for key, value in states.items()}
-    return states[start:stop]
+        return {key: value[rows] for key, value in states.items()}
+    return states[rows]
 
 
 def join(first: Any, second: Any) -> Any:

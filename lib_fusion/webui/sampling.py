@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from lib_fusion.webui.aggregators import AggregatorCache, make_lockstep, togethe
 from lib_fusion.webui.experts import Expert, check_base, find_checkpoint, kind_of
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.rows import Context, Rows, put_context, strip_marker, weights_of
+from lib_fusion.webui.skipping import CORRECTED, Corrector, StepSkips, leaves_out_uncond
 
 #: The setting that shows where the experts won.
 PREVIEW_OPTION = "denoiser_fusion_preview"
@@ -45,9 +46,11 @@ class FusionPass:
     """
 
     def __init__(self, settings: FusionSettings, equip: Equip, sampler: Any, sd_model: nn.Module,
-                 aggregators: AggregatorCache | None = None) -> None:  # fmt: skip
+                 aggregators: AggregatorCache | None = None, is_hires: bool = False) -> None:  # fmt: skip
         kind = "sd1" if settings.freeu == "Off" else kind_of(sd_model)
         self.session = FusionSession(settings, keep_masks=bool(shared.opts.data.get(PREVIEW_OPTION, False)), kind=kind)
+        if settings.skip_passes == ("first" if is_hires else "hires"):
+            self.session.skips = None
         self.equip, self.sampler, self.aggregators = equip, sampler, aggregators
         self._take(sd_model)
         self.guidance_scale = float(sampler.sampler_extra_args["cond_scale"])
@@ -63,6 +66,8 @@ class FusionPass:
         self._previous: Any = None
         self._hooks, self._lockstep_hooks = Hooks(), Hooks()
         self.lockstep: Lockstep | None = None
+        self._skipping: StepSkips | None = None
+        self._corrector: Corrector | None = None
 
     def _take(self, sd_model: nn.Module) -> None:
         self.experts, self.contexts = self.equip(sd_model)
@@ -86,7 +91,7 @@ class FusionPass:
 
     def detach(self) -> None:
         """Takes everything off; the wrapper stays inert where someone else has wrapped it since."""
-        self._rows = None
+        self._rows = self._skipping = None
         self._hooks.remove()
         self._lockstep_hooks.remove()
         if self.sd_model.__dict__.get("apply_model") == self.apply_model:
@@ -101,7 +106,7 @@ class FusionPass:
 
     def begin_step(self, params: Any) -> None:
         """The host is about to compute a step's rows (its ``on_cfg_denoiser``)."""
-        self._rows = None
+        self._rows = self._skipping = None
         if params.denoiser.sampler is not self.sampler:
             return
         if shared.sd_model is not self.sd_model or self.sd_model.sd_checkpoint_info != self.checkpoint:
@@ -111,12 +116,18 @@ class FusionPass:
             self.detach()
             self._take(shared.sd_model)
             self.attach()
+            self.session.forget()
         self._denoiser, self._sigma = params.denoiser, params.sigma
         self._rows = Rows(weights_of(self.sampler.sampler_extra_args["cond"]))
         if self.experts and self._rows.num_all != params.x.shape[0]:
             self._rows = None
             told = "another extension has changed how many rows a step has"
             raise FusionError(f"Denoiser Fusion can't tell which prompt a row belongs to: {told}")
+        if self.session.skips is not None and self._rows.num_all == params.x.shape[0]:
+            s_min_uncond = self.sampler.sampler_extra_args["s_min_uncond"]
+            if not leaves_out_uncond(params.denoiser, params.sigma, s_min_uncond):
+                self._skipping = StepSkips(self.session, self._rows, params.denoiser, params.x, params.sigma,
+                                           self.sd_model.alphas_cumprod, self.guidance_scale)  # fmt: skip
 
     def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The first model's raw output for the rows of this call; the others' are kept for the end of the step."""
@@ -131,16 +142,32 @@ class FusionPass:
         rows.cursor = stop
         self._timestep = float(t.flatten()[0])
         self._models = self.session.models_at(self._timestep)
-        if self.session.in_lockstep(self._timestep):
-            return self._run_together(x, t, cond, start, stop, *args, **kwargs)
+        joint = self.session.in_lockstep(self._timestep)
+        chosen, before = range(start, stop), self.session.rows[BASE]
         outputs = {}
-        for i in self._models:
-            with self.session.using_freeu(i, float(self._sigma[0])):
-                outputs[i] = (
-                    self._original(x, t, cond, *args, **kwargs) if i == BASE
-                    else self._run_expert(i, x, t, cond, start, stop, *args, **kwargs)
-                )  # fmt: skip
-            self.session.count(i, x.shape[0])
+        for i in self._models[:1] if joint else self._models:
+
+            def call(x: torch.Tensor, t: torch.Tensor, cond: Any, chosen: Sequence[int], i: int = i) -> torch.Tensor:
+                with self.session.using_freeu(i, float(self._sigma[0])):
+                    if joint:
+                        return self._run_together(x, t, cond, chosen, *args, **kwargs)
+                    if i == BASE:
+                        return self._original(x, t, cond, *args, **kwargs)
+                    return self._run_expert(i, x, t, cond, chosen, *args, **kwargs)
+
+            if self._skipping is not None:
+                self.session.skips.join(joint)
+                all_or_none = "forward" in self.sd_model.model.diffusion_model.__dict__
+                is_v = self.sd_model.parameterization == "v"
+                outputs[i] = self._skipping.run(i, x, t, cond, chosen, all_or_none, is_v, call)
+            else:
+                outputs[i] = call(x, t, cond, chosen)
+                self.session.count(i, x.shape[0])
+        if joint:  # the experts were run for the same rows, and nothing is left to blend at the end of the step
+            computed = self.session.rows[BASE] - before
+            for i in self._models[1:]:
+                self.session.count(i, computed, x.shape[0] - computed)
+            self._models = (BASE,)
         if len(outputs) > 1:
             for i, output in outputs.items():
                 rows.raw.setdefault(i, []).append(output)
@@ -149,6 +176,8 @@ class FusionPass:
     def end_step(self, params: Any) -> None:
         """The host has all rows of a step (its ``on_cfg_denoised``): writes the fused ones over them, in place."""
         rows, self._rows = self._rows, None
+        if self._skipping is not None:
+            self._skipping.end()
         if rows is None or len(self._models) < 2 or rows.cursor == 0:
             return
         raw = {i: torch.cat(parts) for i, parts in rows.raw.items()}
@@ -163,6 +192,22 @@ class FusionPass:
             for i, row in enumerate(rows.first_rows()):
                 x[rows.num_cond + i] = x[row]
 
+    def begin_skipping(self, function: Any, arguments: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
+        """The callback for the host's sampling function, which also corrects its latent where that is exact."""
+        callback, name = arguments["callback"], getattr(function, "__name__", "")
+        noisy = arguments.get("s_churn", 0) or (name == "ddim" and arguments.get("eta", 0))
+        if name not in CORRECTED or noisy or self.sampler.model_wrap_cfg.mask is not None:
+            self.session.skips.reach = 0
+            return callback
+        corrector = Corrector(name, self.session, self.sd_model.alphas_cumprod)
+
+        def after_model(given: dict[str, Any]) -> None:
+            models, winner = self._models, self.session.last_winner
+            corrector.after_model(given, self._skipping, lambda i, picture: share_of(i, picture, models, winner))
+            callback(given)
+
+        return after_model
+
     def _fuse(self, rows: Rows, raw: dict[int, torch.Tensor]) -> torch.Tensor | None:
         owner = rows.owners(next(iter(raw.values())).device)[: rows.cursor]
         cond = uncond = None
@@ -172,36 +217,32 @@ class FusionPass:
                 cond[i], uncond[i] = rows.combine(value * self._noise_scale(rows))
         return self.session.fuse_rows(self._timestep, raw, owner, cond, uncond, self.guidance_scale)
 
-    def _run_together(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], start: int, stop: int,
+    def _run_together(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], chosen: Sequence[int],
                       *args: Any, **kwargs: Any) -> torch.Tensor:  # fmt: skip
-        """AFA: one call of the base, in whose blocks the experts take part."""
-        conds = [strip_marker(cond), *(self._told(i, cond, start, stop) for i in self._models[1:])]
+        """AFA: one call of the base for the rows ``chosen`` of the step's, in whose blocks the experts take part."""
+        conds = [strip_marker(cond), *(self._told(i, cond, chosen) for i in self._models[1:])]
         own_empty = self.sd_model.cond_stage_model_empty_prompt
         empties = [own_empty, *(own_empty if context is None else context.told.empty for context in self.contexts)]
         with (
             moved([e.unet for e in self.experts] if self.place == PLACES[2] else []),
             together(self.lockstep, conds, empties),
-            self.session.using_freeu(BASE, float(self._sigma[0])),
         ):
-            output = self._original(x, t, cond, *args, **kwargs)
-        for i in self._models:
-            self.session.count(i, x.shape[0])
-        self._models = (BASE,)  # one prediction: nothing is left to blend at the end of the step
-        return output
+            return self._original(x, t, cond, *args, **kwargs)
 
-    def _told(self, model: int, cond: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-        """The host's conditioning of one call as an expert is told it."""
+    def _told(self, model: int, cond: dict[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
+        """The host's conditioning of some of a step's rows as an expert is told it."""
         context = self.contexts[model - 1]
         if context is None:
             return strip_marker(cond)
         denoiser = self._denoiser
         padded = denoiser.padded_cond_uncond or denoiser.padded_cond_uncond_v0
         v0 = shared.opts.pad_cond_uncond_v0
-        return put_context(cond, context.slice(denoiser.step, start, stop, padded, v0))
+        return put_context(cond, context.slice(denoiser.step, chosen, padded, v0))
 
-    def _run_expert(self, model: int, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], start: int, stop: int,
+    def _run_expert(self, model: int, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], chosen: Sequence[int],
                     *args: Any, **kwargs: Any) -> torch.Tensor:  # fmt: skip
-        expert, told = self.experts[model - 1], self._told(model, cond, start, stop)
+        """An expert's raw output for the rows ``chosen`` of the step's."""
+        expert, told = self.experts[model - 1], self._told(model, cond, chosen)
         if expert.unet is None:
             return self._original(x, t, told, *args, **kwargs)
         with (
@@ -231,6 +272,13 @@ class FusionPass:
         else:
             scale = (sigma**2 + 1).rsqrt()
         return scale[:, None, None, None]
+
+
+def share_of(model: int, picture: int, models: tuple[int, ...], winner: torch.Tensor | None) -> torch.Tensor | float:
+    """How much (or where, (1,H,W)) a model's noise is that of a step of these models."""
+    if len(models) < 2 or winner is None:
+        return 1 / len(models)
+    return (winner[picture] == model).float()
 
 
 def set_tiling(unet: nn.Module, tiling: bool) -> None:
@@ -272,19 +320,23 @@ def borrowed_forward(unet: nn.Module, other: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def told_levels(sampler: Any, session: FusionSession) -> Iterator[None]:
+def told_levels(
+    sampler: Any, session: FusionSession, wrap_callback: Callable[[Any, Mapping[str, Any]], Any] | None = None
+) -> Iterator[None]:
     """Tells the session the pass's noise levels, which the host hands to its sampling function and to nobody else.
 
-    For FreeU's schedule. Counters would not do: with second-order samplers, hires fix or adaptive steps they count
-    something else than steps.
+    For FreeU's schedule and for skipping. Counters would not do: with second-order samplers, hires fix or adaptive
+    steps they count something else than steps.
     """
-    if session.freeu is None:
+    if session.freeu is None and session.skips is None:
         yield
         return
     function = sampler.func
 
     def func(*args: Any, **kwargs: Any) -> Any:
         session.begin(levels_of(kwargs, sampler.model_wrap_cfg.steps))
+        if session.skips is not None:
+            kwargs["callback"] = wrap_callback(function, kwargs)
         return function(*args, **kwargs)
 
     sampler.func = func
@@ -322,7 +374,7 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
     runtime.current = fusion
     try:
         fusion.attach()
-        with told_levels(sampler, fusion.session):
+        with told_levels(sampler, fusion.session, fusion.begin_skipping):
             samples = sample()
         if fusion.error is not None:
             raise fusion.error
@@ -333,13 +385,16 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
         fusion.detach()
     seconds = time.perf_counter() - began
     done = fusion.session
-    return samples, {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "masks": done.masks}
+    record = {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "masks": done.masks}
+    return samples, {**record, "rows": done.rows, "skipped_rows": done.skipped_rows}
 
 
 def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> FusionPass:
     """Checks, loads and encodes what a pass needs; raises SettingError or CheckpointError."""
     if settings.passes == "hires" and not getattr(p, "enable_hr", False):
         raise SettingError("passes", "hires", "allowed without hires fix: both, first")
+    if settings.may_skip and settings.skip_passes == "hires" and not getattr(p, "enable_hr", False):
+        raise SettingError("skip_passes", "hires", "allowed without hires fix: both, first")
     infos = [find_checkpoint(e.checkpoint, f"experts[{i}].checkpoint") for i, e in enumerate(settings.experts)]
     weights = weights_of(sampler.sampler_extra_args["cond"])
 
@@ -356,4 +411,5 @@ def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> Fus
             contexts.append(None if told is None else Context(told, prompt_parser))
         return experts, contexts
 
-    return FusionPass(settings, equip, sampler, p.sd_model, runtime.aggregators)
+    is_hires = bool(getattr(p, "is_hr_pass", False))
+    return FusionPass(settings, equip, sampler, p.sd_model, runtime.aggregators, is_hires)

@@ -26,7 +26,8 @@ KEPT = "_denoiser_fusion_kept"
 class Job:
     """One generation's request: its settings, or the error that its sampling will be ended with.
 
-    ``calls`` and ``seconds`` are those of the batch that is being made, over both of its passes; ``masks`` has a list
+    ``calls`` and ``seconds`` are those of the batch that is being made, over both of its passes, and so
+    ``rows``, of which ``skipped_rows`` more were forecast; ``masks`` has a list
     of what was decided for each batch so far.
     """
 
@@ -34,16 +35,20 @@ class Job:
     error: FusionError | None = None
     names: list[str] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    skipped_rows: list[int] = field(default_factory=list)
     seconds: float = 0.0
     masks: list[list[MaskRecord]] = field(default_factory=list)
 
     def begin_batch(self) -> None:
-        self.calls, self.seconds = [0] * (1 + len(self.names)), 0.0
+        self.calls, self.rows, self.skipped_rows = ([0] * (1 + len(self.names)) for _ in range(3))
+        self.seconds = 0.0
         self.masks.append([])
 
     def add(self, record: dict) -> None:
         """Notes what a pass has done."""
-        self.calls = [a + b for a, b in zip(self.calls, record["calls"])]
+        for name in ("calls", "rows", "skipped_rows"):
+            setattr(self, name, [a + b for a, b in zip(getattr(self, name), record[name])])
         self.seconds += record["seconds"]
         self.masks[-1] += record["masks"]
 
@@ -131,6 +136,10 @@ def _tell(p: Any, job: Job, record: dict) -> None:
     names = ["base", *(f"expert {i + 1}" for i in range(len(job.calls) - 1))]
     told = ", ".join(f"{name} {calls}" for name, calls in zip(names, job.calls))
     p.extra_generation_params["Fusion U-Net calls"] = told
+    if job.settings.may_skip:
+        counts = zip(names, job.rows, job.skipped_rows)
+        told = ", ".join(f"{name} {rows} of {rows + skipped}" for name, rows, skipped in counts)
+        p.extra_generation_params["Fusion U-Net rows"] = told
     p.extra_generation_params["Fusion seconds"] = f"{job.seconds:.2f}"
     if record["refined"]:
         p.comment("Denoiser Fusion was off after the refiner took over.")

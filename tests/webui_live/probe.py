@@ -9,6 +9,7 @@ from modules import devices, script_callbacks, sd_models, sd_unet, shared
 
 armed = {}
 armed_norm = []
+counted, counting = [0, 0], []
 
 
 def state():
@@ -73,6 +74,22 @@ def half(on: bool):
     return {}
 
 
+def count(on: bool):
+    """Counts the base U-Net's calls and rows while on; when switched off, tells them."""
+    if on:
+        counted[:] = [0, 0]
+
+        def add(_, args):
+            counted[0] += 1
+            counted[1] += args[0].shape[0]
+
+        counting.append(shared.sd_model.model.diffusion_model.register_forward_pre_hook(add))
+    else:
+        while counting:
+            counting.pop().remove()
+    return counted
+
+
 class ProbeEngine(sd_unet.SdUnet):
     """A U-Net engine as TensorRT's is one: the host's U-Net is not asked any more."""
 
@@ -124,7 +141,8 @@ def on_step(params):
 
 
 def add_routes(_, app):
-    for name, handler in {"state": state, "fusion": fusion, "arm": arm, "half": half, "signatures": signatures}.items():
+    handlers = (state, fusion, arm, half, signatures, count)
+    for name, handler in ((handler.__name__, handler) for handler in handlers):
         app.add_api_route(f"/probe/{name}", handler, methods=["GET"])
 
 

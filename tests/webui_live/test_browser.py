@@ -142,6 +142,22 @@ def test_presets_and_memory(page: Any, client: Client, host: Host, names: Names)
     page.wait_for_function(f"document.querySelector('{panel}_memory').innerText == 'No expert is loaded.'")
 
 
+def test_amounts_of_skipping(page: Any, client: Client, names: Names) -> None:
+    """Without any expert: one press, and the next picture is made with it."""
+    client.draw(model=names.base)
+    panel = PANEL.format(tab="txt2img")
+    prepare(page, steps=16)
+    page.locator(f"{panel}_enable .label-wrap").first.click()
+    page.locator(f"{panel}_tabs button", has_text="Skipping").click()
+    page.locator(f"{panel}_skip_balanced").click()
+    page.wait_for_function(f"document.querySelector('{panel}_skip_max input[type=number]').value == '2'")
+    assert page.locator(f"{panel}_skipping input:checked").input_value() == "Forecast"
+    text = generate(page)
+    assert "Fusion skipping: Forecast, Fusion skips in a row: 2" in text
+    assert "Fusion U-Net rows: base" in text
+    assert "Skipping: Forecast" in page.locator(f"{panel}_enable .label-wrap").first.inner_text()
+
+
 def test_compare(page: Any, client: Client, names: Names) -> None:
     prepare(page)
     enable(page, names.expert)
@@ -157,7 +173,6 @@ def test_compare(page: Any, client: Client, names: Names) -> None:
     generate(page)
     assert info.inner_text() != before
     page.wait_for_function(f"{shown} == 1")
-    page.screenshot(path="/tmp/cmp1.png")
 
 
 def test_reload(page: Any, client: Client, host: Host, names: Names) -> None:

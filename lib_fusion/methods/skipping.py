@@ -1,0 +1,156 @@
+"""Adaptive skipping: the U-Net is left out where its noise can be told from before; the sampler takes every step.
+
+``ThirdOrderEstimator`` is AdaptiveDiffusion's rule (Ye et al., "Training-free Adaptive Diffusion with Bounded
+Difference Approximation Strategy", NeurIPS 2024): it watches the latents, and the last noise is used again.
+
+``Forecaster`` is ours. Along the trajectory a noise prediction is a smooth function of the logarithm of sigma, so
+
+1. it is extrapolated linearly in log sigma from the last two computed ones       -> ``forecast``
+2. each computed one shows how wrong its own forecast would have been; that error,
+   scaled by the spans in log sigma, says whether the next may be skipped          -> ``observe``, ``may_skip``
+3. the one computed after a skip brackets the one that was skipped, which is then
+   interpolated, for the sampler step to be taken again with                       -> ``corrected``
+
+All rows of a picture (conditional, unconditional) are forecast together: alone, guidance multiplies their errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+#: How much of a correction is made: the noises computed meanwhile were computed at the uncorrected latent.
+CORRECTION = 0.8
+#: Log sigmas that are no further apart are one noise level.
+SAME_LEVEL = 1e-4
+
+
+class ThirdOrderEstimator:
+    """AdaptiveDiffusion's rule: may the next noise prediction be skipped? One decision for all that it is shown.
+
+    With d_i the mean absolute difference between latents i and i - 1, the official code skips where
+    ``|(d_i + d_(i-2)) / 2 - d_(i-1)| <= threshold * d_(i-1)`` (the paper's criterion is the third difference of the
+    latents themselves). ``max_skips``: the most in a row, at least 1; as in the official code it holds only once five
+    decisions are made. The first four predictions are always computed.
+    """
+
+    def __init__(self, threshold: float = 0.01, max_skips: int = 4) -> None:
+        self.threshold, self.max_skips = threshold, max_skips
+        self._latent: torch.Tensor | None = None
+        self._distances: list[torch.Tensor] = []
+        self._skipped: list[bool] = []
+
+    def observe(self, latent: torch.Tensor) -> bool:
+        """Takes the latent after a sampler step (any shape, variance-preserving); True: reuse the noise next."""
+        if self._latent is not None:
+            self._distances = [*self._distances[-2:], (latent - self._latent).abs().mean()]
+        self._latent = latent
+        if len(self._distances) < 3:
+            return False
+        before_last, last, now = self._distances
+        skip = bool(((now + before_last) / 2 - last).abs() <= last * self.threshold)
+        if len(self._skipped) > 4 and all(self._skipped[-self.max_skips :]):
+            skip = False
+        self._skipped.append(skip)
+        return skip
+
+
+class LastNoise:
+    """AdaptiveDiffusion for one model and picture: by the estimator's decision the last noise is used again."""
+
+    def __init__(self, threshold: float = 0.01, max_skips: int = 4) -> None:
+        self.errors: list[float] = []
+        self._estimator = ThirdOrderEstimator(threshold, max_skips)
+        self._noise: torch.Tensor | None = None
+
+    def may_skip(self, log_sigma: float, latent: torch.Tensor) -> bool:
+        """Whether this prediction may be skipped; ``latent`` is what it would be made for, variance-preserving."""
+        return self._noise is not None and self._estimator.observe(latent)
+
+    def forecast(self, log_sigma: float) -> torch.Tensor:
+        return self._noise
+
+    def observe(
+        self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor
+    ) -> list[tuple[float, torch.Tensor]]:
+        self._noise = noise
+        return []
+
+
+class Forecaster:
+    """Error-controlled forecasts of one model's noise for one picture.
+
+    ``tolerance``: the weighted error (``_weight``) up to which a prediction is skipped; 0 skips none. ``max_skips``:
+    the most in a row. ``warmup``: how many predictions are computed first, at least 3. ``errors`` are the relative
+    errors of the guided noise that the forecasts would have had, one for each computed prediction that had one.
+    """
+
+    def __init__(self, tolerance: float = 0.15, max_skips: int = 1, warmup: int = 4) -> None:
+        self.tolerance, self.max_skips, self.warmup = tolerance, max_skips, max(warmup, 3)
+        self.errors: list[float] = []
+        self._nodes: list[tuple[float, torch.Tensor]] = []  # the last three computed: log sigma, noise
+        self._skipped: list[tuple[float, torch.Tensor]] = []  # since then: log sigma, forecast
+        self._computed = 0
+        self._curvature = float("inf")
+
+    def may_skip(self, log_sigma: float, latent: torch.Tensor | None = None) -> bool:
+        """Whether the prediction at this noise level may be a forecast. The error of a line grows as its spans."""
+        if self.tolerance <= 0 or self._computed < self.warmup or len(self._skipped) >= self.max_skips:
+            return False
+        if len(self._nodes) < 2 or log_sigma >= self._nodes[-1][0] - SAME_LEVEL:
+            return False
+        return self._curvature * self._spans(log_sigma) * _weight(log_sigma) <= self.tolerance
+
+    def forecast(self, log_sigma: float) -> torch.Tensor:
+        """The noise (K,C,H,W) at this level, extrapolated linearly in log sigma from the last two computed."""
+        noise = _interpolate(self._nodes[-2:], log_sigma)
+        self._skipped.append((log_sigma, noise))
+        return noise
+
+    def observe(
+        self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor
+    ) -> list[tuple[float, torch.Tensor]]:
+        """Takes computed noise (K,C,H,W) of all rows of the picture.
+
+        ``weights`` (K,1,1,1) are those with which the rows add up to the guided noise: w and 1 - w, for one prompt
+        and the guidance scale w. Returns what is to be added to the noises skipped since the last computed one, by
+        quadratic interpolation through this and the two computed before: (log sigma, (K,C,H,W)), oldest first.
+
+        A noise level that has not fallen (samplers that evaluate one twice, or go back up) begins a new history.
+        """
+        if self._nodes and log_sigma >= self._nodes[-1][0] - SAME_LEVEL:
+            self._nodes, self._skipped, self._curvature = [], [], float("inf")
+        if len(self._nodes) >= 2:
+            wrong = noise - _interpolate(self._nodes[-2:], log_sigma)
+            error, size = (torch.linalg.vector_norm((weights * rows).sum(0)) for rows in (wrong, noise))
+            spans = self._spans(log_sigma)
+            self.errors.append(float(error / size.clamp_min(1e-12)))
+            self._curvature = self.errors[-1] / spans if spans > 0 else float("inf")
+        self._nodes = [*self._nodes[-2:], (log_sigma, noise)]
+        self._computed += 1
+        skipped, self._skipped = self._skipped, []
+        return [(level, CORRECTION * (_interpolate(self._nodes, level) - was)) for level, was in skipped]
+
+    def _spans(self, log_sigma: float) -> float:
+        (first, _), (second, _) = self._nodes[-2:]
+        return abs((log_sigma - first) * (log_sigma - second))
+
+
+def _weight(log_sigma: float) -> float:
+    """How much a relative error of the noise counts: (1 - alpha) ** 1/4, which is 1 in pure noise and 0 at its end.
+
+    The square of it is noise's share of the latent. Relative to the noise errors are judged too strictly late, relative
+    to the latent too mildly, above all where late steps are long (DDIM).
+    """
+    return (1 + math.exp(-2 * log_sigma)) ** -0.25
+
+
+def _interpolate(nodes: Sequence[tuple[float, torch.Tensor]], at: float) -> torch.Tensor:
+    """The polynomial through the nodes (Lagrange), at ``at``."""
+    result = torch.zeros_like(nodes[0][1])
+    for i, (x_i, y_i) in enumerate(nodes):
+        factor = math.prod((at - x_j) / (x_i - x_j) for j, (x_j, _) in enumerate(nodes) if j != i)
+        result = result + factor * y_i
+    return result

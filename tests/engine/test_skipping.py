@@ -1,0 +1,193 @@
+"""Skipping in the embedded engine, and the benchmarks that measure it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lib_fusion.engine import bench_path, bench_skip
+from lib_fusion.engine.generate import Engine
+from lib_fusion.engine.measures import psnr, ssim
+from lib_fusion.engine.samplers import make_scheduler
+from lib_fusion.engine.steps import SamplerSteps
+from lib_fusion.session import FusionSession
+from lib_fusion.settings import GENERATION_PARAMETERS, ExpertSettings, FusionSettings, GenerationSettings
+from lib_fusion.skips import COMPUTED, SKIPPED, Correction
+
+DEMO = Path(__file__).resolve().parents[2] / "demo"
+SAMPLERS = next(row.choices for row in GENERATION_PARAMETERS if row.key == "sampler")
+PROMPTS = ("a fox, flat drawing", "a bus, glossy render", "a pizza, flat drawing")
+GENERATION = GenerationSettings(PROMPTS, width=128, height=128, steps=16, cfg_scale=5)
+ON = FusionSettings(skipping="Forecast")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(DEMO / "general.safetensors", [DEMO / "animals.safetensors"])
+
+
+def draw(engine: Engine, fusion: FusionSettings, generation: GenerationSettings = GENERATION, only=None):
+    """(latents, session) of the prompts, or of one of them."""
+    jobs = [(prompt, seed) for seed, prompt in enumerate(generation.prompts)]
+    session = FusionSession(fusion)
+    return engine.denoise(jobs if only is None else [jobs[only]], generation, session), session
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_without_tolerance_it_is_off_bit_for_bit(engine, sampler):
+    generation = replace(GENERATION, sampler=sampler, steps=9)
+    off, _ = draw(engine, FusionSettings(), generation)
+    paper = FusionSettings(skipping="Paper", skip_threshold=0.0)
+    for fusion in (replace(ON, skip_tolerance=0.0), replace(ON, skip_warmup=1000), paper):
+        assert torch.equal(draw(engine, fusion, generation)[0], off)
+
+
+@pytest.mark.parametrize("policy", ["Forecast", "Paper"])
+def test_rows_are_those_that_the_unet_is_run_on(engine, policy):
+    seen = []
+    unet = engine.models[0].unet
+    handle = unet.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    try:
+        _, session = draw(engine, FusionSettings(skipping=policy, skip_threshold=0.05), replace(GENERATION, steps=24))
+    finally:
+        handle.remove()
+    assert session.rows == [sum(seen)]
+    assert session.calls == [len(seen)]
+    record = session.skips.record()
+    assert sum(seen) == 2 * sum(record["computed"][0])
+    assert session.skipped_rows == [2 * sum(record["skipped"][0])]
+    assert sum(record["skipped"][0]) > 0
+    for path in record["paths"][0]:
+        assert len(path) == 24
+        assert path.startswith(4 * COMPUTED)
+        assert policy == "Paper" or (path.endswith(COMPUTED) and 2 * SKIPPED not in path)
+    assert len({*record["paths"][0]}) > 1  # each picture has a path of its own
+    json.dumps(record)
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(engine):
+    fusion = replace(ON, experts=(ExpertSettings("animals"),))
+    among, together = draw(engine, fusion)
+    for i in range(len(PROMPTS)):
+        alone, session = draw(engine, fusion, only=i)
+        assert {m: p[0] for m, p in session.skips.paths.items()} == {m: p[i] for m, p in together.skips.paths.items()}
+        torch.testing.assert_close(alone[0], among[i], rtol=1e-3, atol=2e-3)
+
+
+def test_each_model_of_a_fusion_has_its_own_path(engine):
+    _, session = draw(engine, replace(ON, experts=(ExpertSettings("animals"),)), replace(GENERATION, steps=30))
+    paths = session.skips.paths
+    assert set(paths) == {0, 1}
+    assert paths[0] != paths[1]
+    assert all(rows < 30 * 6 for rows in session.rows)
+
+
+def test_a_model_outside_its_window_is_neither_run_nor_forecast(engine):
+    steps = make_scheduler("DDIM", 16).timesteps.tolist()
+    fusion = replace(ON, experts=(ExpertSettings("animals"),), snb_window=(1000.0, steps[10]))
+    _, session = draw(engine, fusion)
+    assert {len(path) for path in session.skips.paths[1]} == {10}
+    assert {len(path) for path in session.skips.paths[0]} == {16}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("runs", [{7: [6]}, {6: [4, 5], 9: [8]}])
+def test_correction_is_the_sampler_with_the_right_noises(sampler, runs):
+    generator = torch.Generator().manual_seed(0)
+    steps, start = 12, torch.randn(2, 4, 3, 3, generator=generator)
+    right = [torch.randn(2, 2, 4, 3, 3, generator=generator) for _ in range(steps)]
+    changes = {i: torch.randn(2, 4, 3, 3, generator=generator) for found in runs.values() for i in found}
+
+    def sample(noises: list[torch.Tensor], corrects: bool) -> torch.Tensor:
+        scheduler = make_scheduler(sampler, steps)
+        session = FusionSession(replace(ON, skip_max=2))
+        taken = SamplerSteps(scheduler, session, 5.0)
+        x = start * scheduler.init_noise_sigma
+        for i, t in enumerate(scheduler.timesteps):
+            taken.sampler.scale_model_input(x, t)
+            session.skips.log_sigma = -float(i)
+            found = runs.get(i, []) if corrects else []
+            x = taken.correct([Correction(0, 1, -float(j), changes[j]) for j in found], x)
+            x = taken.take({0: noises[i].clone()}, t, x)
+        return x
+
+    used = [noise.clone() for noise in right]
+    for i, change in changes.items():
+        used[i][1] -= change
+    expected, corrected, wrong = sample(right, False), sample(used, True), sample(used, False)
+    torch.testing.assert_close(corrected, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(corrected[0], expected[0])
+    assert not torch.allclose(wrong[1], expected[1], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("sampler", ["DDIM", "Euler Karras", "DPM++ 2M Karras"])
+def test_it_beats_fewer_steps_at_no_more_rows(engine, sampler):
+    generation = replace(GENERATION, sampler=sampler, steps=30, cfg_scale=7)
+    full, _ = draw(engine, FusionSettings(), generation)
+    near, session = draw(engine, ON, generation)
+    steps = -(-session.rows[0] // (2 * len(PROMPTS)))  # as many calls, rounded up
+    assert steps <= 0.67 * 30 + 1
+    fewer, _ = draw(engine, FusionSettings(), replace(generation, steps=steps))
+    assert (near - full).norm() < 0.7 * (fewer - full).norm()
+
+
+def test_run_record(engine):
+    run = engine.generate(replace(GENERATION, batch_size=2), replace(ON, experts=(ExpertSettings("animals"),)))
+    record = json.loads(json.dumps(run.record))["skips"]
+    assert set(record) == {"computed", "skipped", "paths", "errors"}
+    assert len(record["paths"]["0"]) == len(record["paths"]["1"]) == len(PROMPTS)
+    assert run.record["unet_rows"] == [2 * sum(record["computed"][m]) for m in "01"]
+    assert "skips" not in engine.generate(replace(GENERATION, prompts=("x",), steps=2)).record
+
+
+def test_measures():
+    generator = np.random.default_rng(0)
+    a = generator.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    b = a.copy()
+    b[1, 0, 0, 0] ^= 128
+    assert psnr(a, b) == pytest.approx([10 * np.log10(255**2 * 3072), 10 * np.log10(255**2 * 3072 / 128**2)])
+    flat = np.full((1, 32, 32, 3), 100, np.uint8)
+    assert ssim(a, a) == pytest.approx([1, 1])
+    assert ssim(flat, flat + 50) == pytest.approx([(2 * 100 * 150 + 6.5025) / (100**2 + 150**2 + 6.5025)])
+
+
+def test_chi_square():
+    value, p = bench_path.chi_square({0, 1, 2, 3}, {2, 3, 4, 5}, 10)  # table 4 2 / 2 2
+    assert value == pytest.approx(10 * (4 * 2 - 2 * 2) ** 2 / (6 * 4 * 6 * 4))
+    assert p == pytest.approx(0.5982, abs=1e-4)
+    assert bench_path.chi_square(set(), {1}, 5) == (0.0, 1.0)
+
+
+def test_the_path_search_finds_the_best_single_step(tmp_path, engine):
+    generation = GenerationSettings(PROMPTS[:1], steps=7, width=128, height=128, cfg_scale=5)
+    search = bench_path.Search(engine, generation)
+    (first, quality), (second, _) = search.greedy(2, linear=False, progress=False)
+    each = [search.quality([{i}], linear=False)[0] for i in range(1, 7)]
+    assert quality == pytest.approx(max(each))
+    assert first == {1 + int(np.argmax(each))}
+    assert first < second
+    lines = bench_path.bench_path(tmp_path, DEMO / "general.safetensors", replace(generation, steps=12), progress=False)
+    assert (tmp_path / "skip-path.png").stat().st_size > 1000
+    assert {line["policy"] for line in lines} <= set(bench_path.COMPARED)
+
+
+def test_the_benchmark_goes_on_where_it_was(tmp_path, monkeypatch):
+    pytest.importorskip("DeepCache", reason="a control of the benchmark")
+    for name, value in {"STEPS": (8,), "LENGTHS": (6,), "SAMPLERS": ("DDIM",), "GUIDANCE": (5.0,), "PAIRS": ()}.items():
+        monkeypatch.setattr(bench_skip, name, value)
+    lines = bench_skip.bench_skip(tmp_path, 2, progress=False)
+    methods = [line["method"] for line in lines]
+    assert {"Faithful", "Balanced", "Fast", "paper 0.01", "fewer steps: 6", "DeepCache 2"} <= set(methods)
+    cached = next(line for line in lines if line["method"] == "DeepCache 2")
+    assert 0.5 < cached["rows"] < 0.75
+    monkeypatch.setattr(Engine, "denoise", lambda *_: pytest.fail("run again"))
+    assert bench_skip.bench_skip(tmp_path, 2, progress=False) == lines
+    with (tmp_path / "skip.csv").open() as file:
+        assert [line["method"] for line in csv.DictReader(file)] == methods
+    assert (tmp_path / "skip-cfg5.png").exists()

@@ -1,0 +1,103 @@
+"""The correction of the host's latent against its samplers run with the right noises from the start."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lib_fusion.skips import Correction
+from tests.webui_fake import fakes
+
+WEIGHTS = torch.tensor([5.0, -4.0], dtype=torch.float64).view(2, 1, 1, 1)
+ALPHAS = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
+TIMESTEPS = [901, 801, 701, 601, 501, 401, 301, 201, 101, 1]
+SIGMAS = [math.sqrt((1 - ALPHAS[t]) / ALPHAS[t]) for t in TIMESTEPS]
+
+
+@pytest.fixture
+def skipping(monkeypatch: pytest.MonkeyPatch) -> Any:
+    fakes.install(monkeypatch)
+    from lib_fusion.webui import skipping
+
+    return skipping
+
+
+def sample(function: str, noises: list[torch.Tensor], x: torch.Tensor, callback: Any) -> torch.Tensor:
+    """The host's samplers on noises that do not depend on the latent; each calls back where the host's does."""
+    old = None
+    for i in range(len(SIGMAS) - 1):
+        sigma, following, noise = SIGMAS[i], SIGMAS[i + 1], noises[i]
+        if function == "ddim":
+            a, a_next = ALPHAS[TIMESTEPS[i]], ALPHAS[TIMESTEPS[i + 1]]
+            x0 = (x - (1 - a).sqrt() * noise) / a.sqrt()
+            x = a_next.sqrt() * x0 + (1 - a_next).sqrt() * noise
+            callback(i, {"x": x, "denoised": x0})
+            continue
+        denoised = x - sigma * noise
+        if function == "sample_euler":
+            slope = (x - denoised) / sigma
+            callback(i, {"x": x, "denoised": denoised})
+            x = x + slope * (following - sigma)
+            continue
+        callback(i, {"x": x, "denoised": denoised})
+        h = math.log(sigma / following)
+        mixed = denoised
+        if old is not None:
+            r = math.log(SIGMAS[i - 1] / sigma) / h
+            mixed = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * old
+        x = following / sigma * x - math.expm1(-h) * mixed
+        old = denoised
+    return x
+
+
+@pytest.mark.parametrize("function", ["sample_euler", "sample_dpmpp_2m", "ddim"])
+@pytest.mark.parametrize("runs", [{4: [3]}, {4: [3], 6: [5], 8: [7]}, {5: [3, 4], 7: [6]}])
+def test_correction_is_the_sampler_with_the_right_noises(skipping: Any, function: str, runs: dict) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64)
+    right = [torch.randn(start.shape, generator=generator, dtype=torch.float64) for _ in SIGMAS]
+    used, changes = list(right), {}
+    for skipped in (i for found in runs.values() for i in found):
+        changes[skipped] = torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64)  # rows of picture 1
+        used[skipped] = right[skipped].clone()
+        used[skipped][1] -= (WEIGHTS * changes[skipped]).sum(0)
+    skips = SimpleNamespace(log_sigma=0.0, reach=2, take_corrections=lambda: found)
+    session = SimpleNamespace(skips=skips, levels=[float(t) for t in TIMESTEPS])
+    corrector = skipping.Corrector(function, session, ALPHAS)
+    found: list[Correction] = []
+
+    def after(i: int, given: dict) -> None:
+        skips.log_sigma = math.log(SIGMAS[i])
+        found[:] = [Correction(0, 1, math.log(SIGMAS[j]), changes[j]) for j in runs.get(i, [])]
+        corrector.after_model(given, SimpleNamespace(weights=[WEIGHTS] * 2), lambda model, picture: 1.0)
+
+    corrected = sample(function, used, start, after)
+    expected = sample(function, right, start, lambda i, given: None)
+    wrong = sample(function, used, start, lambda i, given: None)
+    torch.testing.assert_close(corrected, expected, rtol=1e-5, atol=1e-5)
+    assert (wrong[1] - expected[1]).abs().max() > 0.05
+    assert torch.equal(corrected[0], expected[0])
+
+
+def test_a_step_in_other_hands_ends_the_reach_of_corrections(skipping: Any) -> None:
+    skips = SimpleNamespace(log_sigma=1.0, reach=1, take_corrections=list)
+    corrector = skipping.Corrector("sample_euler", SimpleNamespace(skips=skips, levels=[]), ALPHAS)
+    latent = torch.zeros(1, 4, 2, 2)
+    corrector.after_model({"x": latent, "denoised": latent}, SimpleNamespace(weights=[WEIGHTS]), lambda *_: 1.0)
+    corrector.after_model({"x": latent, "denoised": latent}, None, lambda *_: 1.0)
+    skips.take_corrections = lambda: [Correction(0, 0, 1.0, torch.ones(2, 4, 2, 2))]
+    skips.log_sigma = 0.5
+    corrector.after_model({"x": latent, "denoised": latent}, SimpleNamespace(weights=[WEIGHTS]), lambda *_: 1.0)
+    assert not latent.any()
+
+
+def test_conditioning_is_taken_row_by_row(skipping: Any) -> None:
+    states, image = torch.arange(12.0).view(4, 3), torch.arange(4.0).view(4, 1)
+    taken = skipping.take_rows({"c_crossattn": [states], "c_concat": [image], "vector": image}, [1, 3])
+    assert torch.equal(taken["c_crossattn"][0], states[[1, 3]])
+    assert torch.equal(taken["c_concat"][0], image[[1, 3]])
+    assert torch.equal(taken["vector"], image[[1, 3]])
