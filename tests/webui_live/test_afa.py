@@ -173,16 +173,17 @@ def test_wrong_order(client: Client, files: Path) -> None:
 
 
 def test_choosing_a_file_chooses_method_and_experts(page: Any, client: Client, files: Path) -> None:  # noqa: F811
-    client.draw(model="tiny_a")
-    panel = PANEL.format(tab="txt2img")
-    prepare(page, "a cat")
-    page.locator(f"{panel}_enable .label-wrap").first.click()
-    page.locator(f"{panel}_tabs button", has_text="AFA").click()
-    page.locator(f"{panel}_afa_refresh").click()
-    page.wait_for_timeout(SECONDS)
-    choose(page, f"{panel}_afa_aggregator", "pair")
-    page.wait_for_function(f"document.querySelector('{panel}_afa_told').innerText.startsWith('tiny_a + tiny_b (sd1')")
-    text = generate(page)
-    assert "Fusion method: AFA" in text
-    assert "Fusion aggregator: pair" in text
-    assert "Fusion expert 1 checkpoint: tiny_b.safetensors" in text
+    with client.settings({"sd_model_checkpoint": "tiny_a.safetensors"}):
+        panel = PANEL.format(tab="txt2img")
+        prepare(page, "a cat")
+        page.locator(f"{panel}_enable .label-wrap").first.click()
+        page.locator(f"{panel}_tabs button", has_text="AFA").click()
+        page.locator(f"{panel}_afa_refresh").click()
+        page.wait_for_timeout(SECONDS)
+        choose(page, f"{panel}_afa_aggregator", "pair")
+        card = f"document.querySelector('{panel}_afa_told').innerText"
+        page.wait_for_function(f"{card}.startsWith('tiny_a + tiny_b (sd1')")
+        text = generate(page)
+        assert "Fusion method: AFA" in text
+        assert "Fusion aggregator: pair" in text
+        assert "Fusion expert 1 checkpoint: tiny_b.safetensors" in text
