@@ -88,6 +88,12 @@ def generate(page: Any, tab: str = "txt2img") -> str:
     return info.inner_text() + log.inner_text()
 
 
+def wait_for_text(page: Any, element: str, text: str) -> None:
+    page.wait_for_function(
+        "([element, text]) => document.querySelector(element)?.innerText.includes(text)", arg=[element, text]
+    )
+
+
 def test_a_first_user(page: Any, client: Client, names: Names) -> None:
     client.draw(model=names.base)
     prepare(page)
@@ -97,7 +103,7 @@ def test_a_first_user(page: Any, client: Client, names: Names) -> None:
     assert "Fusion method: SNB" in text
     assert page.locator("#txt2img_gallery img").count() > 0
     title = page.locator(f"{PANEL.format(tab='txt2img')}_enable .label-wrap").first
-    assert f"SNB: {names.expert}" in title.inner_text()
+    wait_for_text(page, f"{PANEL.format(tab='txt2img')}_enable .denoiser-fusion-badge", f"SNB: {names.expert}")
     page.wait_for_function(
         "([panel, name]) => document.querySelector(`${panel}_memory`).innerText.startsWith(`Loaded: ${name} (`)",
         arg=[PANEL.format(tab="txt2img"), names.expert],
@@ -222,8 +228,8 @@ def test_in_chinese(browser: Any, client: Client, host: Host, names: Names) -> N
         enable(page, names.expert)
         panel = PANEL.format(tab="txt2img")
         page.locator(f"{panel}_tabs button", has_text="混合方式").click()
-        assert "掩码" in page.locator(f"{panel}_snb_hold").inner_text()
-        assert f"SNB: {names.expert}" in page.locator(f"{panel}_enable .label-wrap").first.inner_text()
+        wait_for_text(page, f"{panel}_snb_hold", "掩码")
+        wait_for_text(page, f"{panel}_enable .denoiser-fusion-badge", f"SNB: {names.expert}")
         shoot(page, host, "zh")
         page.close()
     reload_ui(client, host)
