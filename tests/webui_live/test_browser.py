@@ -161,7 +161,7 @@ def test_amounts_of_skipping(page: Any, client: Client, names: Names) -> None:
     text = generate(page)
     assert "Fusion skipping: Forecast, Fusion skips in a row: 2" in text
     assert "Fusion U-Net rows: base" in text
-    assert "Skipping: Forecast" in page.locator(f"{panel}_enable .label-wrap").first.inner_text()
+    wait_for_text(page, f"{panel}_enable .denoiser-fusion-badge", "Skipping: Forecast")
 
 
 def test_compare(page: Any, client: Client, names: Names) -> None:
