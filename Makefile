@@ -21,7 +21,7 @@ demo: $(VENV)/.engine
 	$(BIN)/python -m lib_fusion demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 webui: $(VENV)/.dev
 	$(BIN)/python -m tests.webui_live.serve

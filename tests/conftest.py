@@ -1,0 +1,21 @@
+"""How the tests are spread over processes: all that talk to the real WebUI share one, and with it one WebUI."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+LIVE = "tests/webui_live/"
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each process is one of as many as there are cores
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(LIVE):
+            item.add_marker(pytest.mark.xdist_group("webui"))
