@@ -20,6 +20,6 @@ def write_images(data: Path, folder: Path) -> None:
         for style in STYLES:
             file = f"{name.replace(' ', '-')}-{style}.webp"
             array = pictures[CATEGORIES[CATEGORY_OF[name]][name], style]
-            Image.fromarray(array).save(folder / file, quality=92, method=6)
+            Image.fromarray(array).save(folder / file, quality=76, method=6)
             lines.append(json.dumps({"file_name": file, "text": single_caption(name, style)}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
