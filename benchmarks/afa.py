@@ -20,7 +20,7 @@ from lib_fusion.unet.model import UNet
 #: The demo's U-Net and Stable Diffusion 1.5's, the side of the latent each is measured at, and the aggregators' sizes.
 CASES = {
     "demo": ({"model_channels": 64, "channel_mult": (1, 1, 1), "num_res_blocks": 1, "attention_resolutions": (2,),
-              "context_dim": 64}, 16, {"hidden": 8, "layers": 1, "heads": 2}),
+              "context_dim": 64}, 16, {"hidden": 12, "layers": 1, "heads": 3}),
     "sd15": (SD15, 32, {"hidden": 128, "layers": 2, "heads": 8}),
 }  # fmt: skip
 

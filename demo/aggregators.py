@@ -25,7 +25,7 @@ TRAINING_SCENES, HELD_OUT_SCENES = 1200, 96
 #: Share of the training batches that are single objects.
 SINGLES = 0.4
 #: The published width is 128; a file of the demo must be small.
-SIZES = ("--hidden", "8", "--layers", "1", "--heads", "2")
+SIZES = ("--hidden", "12", "--layers", "1", "--heads", "3")
 
 
 def single_is_held_out(name: str) -> bool:
@@ -76,7 +76,7 @@ def run(*words: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="demo.aggregators", description=__doc__.splitlines()[0])
     parser.add_argument("ensemble", nargs="?", choices=list(ENSEMBLES), help="only this one")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--data", type=Path, default=HERE / "data-cache", help="where demo.train keeps the pictures")
     parser.add_argument("--state", type=Path, default=HERE / "state", help="where folders, caches and runs are kept")
     parser.add_argument("--out", type=Path, default=HERE, help="where the aggregator files are written")
@@ -92,7 +92,7 @@ def main() -> None:
         trained = args.state / f"{name}.safetensors"
         run("train", "--cache", args.state / f"{name}-train-cache", *models, "--out", trained, "--steps", args.steps,
             "--batch-size", 8, "--learning-rate", "2e-3", "--schedule", "cosine", "--warm-up", 50, "--ema", "0.995",
-            "--precision", "bfloat16", *SIZES)  # fmt: skip
+            "--min-snr", 2, *SIZES)  # fmt: skip
         for part in ("train", "held-out"):
             for extra in ((), ("--no-captions",)):
                 out = args.state / f"{name}-{part}-evaluation{'-no-captions' if extra else ''}"
