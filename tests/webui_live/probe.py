@@ -90,6 +90,23 @@ def count(on: bool):
     return counted
 
 
+def encode(text: str, expert: str = ""):
+    """A text's states, as a digest: by the host's own conditioner, or by one that is built for an expert."""
+    model, before = shared.sd_model, torch.get_rng_state()
+    if expert:
+        from lib_fusion.webui import encoders, experts
+
+        model = encoders.build_encoder(experts.find_checkpoint(expert, "expert"), "expert")
+        encoders.share_embeddings(model)
+    with torch.no_grad(), devices.autocast():
+        states = model([text]) if expert else model.get_learned_conditioning([text])
+    return {
+        "digest": hashlib.sha256(states.cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "shape": list(states.shape),
+        "random": torch.equal(before, torch.get_rng_state()),
+    }
+
+
 class ProbeEngine(sd_unet.SdUnet):
     """A U-Net engine as TensorRT's is one: the host's U-Net is not asked any more."""
 
@@ -141,7 +158,7 @@ def on_step(params):
 
 
 def add_routes(_, app):
-    handlers = (state, fusion, arm, half, signatures, count)
+    handlers = (state, fusion, arm, half, signatures, count, encode)
     for name, handler in ((handler.__name__, handler) for handler in handlers):
         app.add_api_route(f"/probe/{name}", handler, methods=["GET"])
 
