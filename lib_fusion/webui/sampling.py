@@ -160,7 +160,7 @@ class FusionPass:
 
             if self._skipping is not None:
                 self.session.skips.join(joint)
-                all_or_none = "forward" in self.sd_model.model.diffusion_model.__dict__
+                all_or_none = has_other_forward(self.sd_model.model.diffusion_model)
                 is_v = self.sd_model.parameterization == "v"
                 outputs[i] = self._skipping.run(i, x, t, cond, chosen, all_or_none, is_v, call)
             else:
@@ -312,6 +312,12 @@ def moved(unets: Iterable[nn.Module | None]) -> Iterator[None]:
     finally:
         for unet in own:
             unet.to(devices.cpu)
+
+
+def has_other_forward(unet: nn.Module) -> bool:
+    """Whether another extension has put a forward on a U-Net. One that puts the old one back leaves an attribute."""
+    forward = unet.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(unet).forward
 
 
 @contextmanager

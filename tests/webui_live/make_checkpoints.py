@@ -1,9 +1,10 @@
-"""Writes tiny checkpoints with random weights: ``make_checkpoints.py DATA_DIR WEBUI_DIR``, run by the host's Python.
+"""Writes tiny checkpoints with random weights, run by the host's Python: ``make_checkpoints.py DATA_DIR WEBUI_DIR``.
 
 tiny_a, tiny_b, tiny_c: SD1 with one VAE; tiny_copy: tiny_a's weights in another file; tiny_v: predicts v;
 tiny_2, tiny_2_v: SD2 with tiny_a's VAE, without the tensors that nothing uses; tiny_inpaint: nine channels; tiny_xl,
 tiny_xl_b, tiny_xl_v: SDXL with one VAE; tiny_unet: a U-Net without a text encoder. tiny_ti, wide_ti: textual inversions
-for SD1 and SD2.
+for SD1 and SD2. With a third argument ``extensions`` only: tiny_a, tiny_copy, tiny_b; tiny_2x: SD1 with features of 640
+and 320 channels, where sd-webui-freeu acts; tiny_control: a ControlNet for tiny_a.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 DATA, WEBUI = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
@@ -194,6 +196,38 @@ def write_embedding(name: str, width: int) -> None:
     save_file({"emb_params": vectors}, folder / f"{name}.safetensors")
 
 
+def write_control(name: str, weights: dict[str, torch.Tensor]) -> None:
+    """A ControlNet in the format of the original ones, for a U-Net; it changes a picture a lot."""
+    prefix = "model.diffusion_model."
+    copied = ("time_embed.", "input_blocks.", "middle_block.")
+    made = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+    made = {key: value for key, value in made.items() if key.startswith(copied)}
+    skips = [made[f"input_blocks.{i}.0.{layer}"].shape[0] for i in range(12)
+             for layer in ("weight", "out_layers.3.weight", "op.weight") if f"input_blocks.{i}.0.{layer}" in made]
+    widths = (3, 16, 16, 32, 32, 96, 96, 256, skips[0])
+    convs = {f"input_hint_block.{2 * i}": (out, into, 3, 3) for i, (into, out) in enumerate(pairwise(widths))}
+    convs |= {f"zero_convs.{i}.0": (width, width, 1, 1) for i, width in enumerate(skips)}
+    convs["middle_block_out.0"] = (skips[-1], skips[-1], 1, 1)
+    generator = torch.Generator().manual_seed(10)
+    for key, shape in convs.items():
+        std = 0.5 / (shape[1] * shape[2] * shape[3]) ** 0.5
+        made[f"{key}.weight"] = torch.randn(shape, generator=generator) * std
+        made[f"{key}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
+    folder = DATA / "models/ControlNet"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({f"control_model.{key}": value for key, value in made.items()}, folder / f"{name}.safetensors")
+
+
+def make_for_extensions(config: dict, first: dict[str, torch.Tensor]) -> None:
+    write_control("tiny_control", first)
+    wide = copy.deepcopy(config)
+    unet = wide["model"]["params"]["unet_config"]["params"]
+    unet |= {"model_channels": 320, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": []}
+    weights = build(wide, 11)
+    weights |= {key: value for key, value in first.items() if key.startswith("first_stage_model.")}
+    write("tiny_2x", {key: v.half() if v.is_floating_point() else v for key, v in weights.items()}, wide)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     MODELS.mkdir(parents=True, exist_ok=True)
@@ -205,6 +239,9 @@ def main() -> None:
     write("tiny_a", first, config)
     write("tiny_copy", first, config, {"title": "the same weights in another file"})
     write("tiny_b", second, config)
+    if sys.argv[3:] == ["extensions"]:
+        make_for_extensions(config, first)
+        return
     write_lora("tiny_lora", first)
     write_embedding("tiny_ti", WIDTH)
     write_embedding("wide_ti", WIDTH_2)

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import sys
 
 import torch
 from ldm.modules.diffusionmodules.util import GroupNorm32
@@ -157,7 +158,15 @@ def on_step(params):
         handle = unet.register_forward_pre_hook(fail)
 
 
+def shrink_controlnet():
+    """Lets the ControlNet extension take one for a U-Net of 32 channels; it knows real sizes only."""
+    guess = sys.modules.get("scripts.controlnet_model_guess")
+    if guess is not None:
+        guess.controlnet_default_config["model_channels"] = 32
+
+
 def add_routes(_, app):
+    shrink_controlnet()
     handlers = (state, fusion, arm, half, signatures, count, encode)
     for name, handler in ((handler.__name__, handler) for handler in handlers):
         app.add_api_route(f"/probe/{name}", handler, methods=["GET"])
