@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from modules import devices, prompt_parser, sd_samplers_timesteps, shared
+from modules import devices, prompt_parser, sd_samplers_cfg_denoiser, sd_samplers_timesteps, shared
 from modules.sd_hijack import model_hijack
 from torch import nn
 
@@ -199,7 +199,8 @@ class FusionPass:
         """The callback for the host's sampling function, which also corrects its latent where that is exact."""
         callback, name = arguments["callback"], getattr(function, "__name__", "")
         noisy = arguments.get("s_churn", 0) or (name == "ddim" and arguments.get("eta", 0))
-        if name not in CORRECTED or noisy or self.sampler.model_wrap_cfg.mask is not None:
+        denoiser = self.sampler.model_wrap_cfg
+        if name not in CORRECTED or noisy or denoiser.mask is not None or not combines_as_ever(denoiser):
             self.session.skips.reach = 0
             return callback
         corrector = Corrector(name, self.session, self.sd_model.alphas_cumprod)
@@ -285,6 +286,11 @@ class FusionPass:
         else:
             scale = (sigma**2 + 1).rsqrt()
         return scale[:, None, None, None]
+
+
+def combines_as_ever(denoiser: Any) -> bool:
+    """Whether the halves are added up by the host's own rule, and not by another extension's (Dynamic Thresholding)."""
+    return denoiser.combine_denoised.__module__ == sd_samplers_cfg_denoiser.__name__
 
 
 def share_of(model: int, picture: int, models: tuple[int, ...], winner: torch.Tensor | None) -> torch.Tensor | float:

@@ -189,7 +189,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "sd_unet": {"current_unet": None},
         "sd_hijack": {"model_hijack": SimpleNamespace(circular_enabled=False)},
         "sd_samplers_timesteps": {"CFGDenoiserTimesteps": CFGDenoiserTimesteps},
-        "sd_hijack_clip": {}, "sd_hijack_open_clip": {}, "textual_inversion": {},
+        "sd_samplers_cfg_denoiser": {}, "sd_hijack_clip": {}, "sd_hijack_open_clip": {}, "textual_inversion": {},
         "textual_inversion.textual_inversion": {},
         "sd_disable_initialization": {}, "sd_models_config": {}, "sd_models_xl": {}, "lowvram": {},
         "extra_networks": {}, "prompt_parser": {}, "images": {}, "processing": {},

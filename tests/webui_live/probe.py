@@ -6,7 +6,7 @@ import sys
 
 import torch
 from ldm.modules.diffusionmodules.util import GroupNorm32
-from modules import devices, script_callbacks, sd_models, sd_unet, shared
+from modules import devices, script_callbacks, scripts, sd_models, sd_unet, shared
 
 armed = {}
 armed_norm = []
@@ -108,6 +108,25 @@ def encode(text: str, expert: str = ""):
     }
 
 
+class ProbeScript(scripts.Script):
+    """Keeps the comments of the last generation, which the API does not tell."""
+
+    comments = []
+
+    def title(self):
+        return "Probe"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def postprocess(self, p, processed, *args):
+        ProbeScript.comments = list(p.comments)
+
+
+def comments():
+    return ProbeScript.comments
+
+
 class ProbeEngine(sd_unet.SdUnet):
     """A U-Net engine as TensorRT's is one: the host's U-Net is not asked any more."""
 
@@ -167,7 +186,7 @@ def shrink_controlnet():
 
 def add_routes(_, app):
     shrink_controlnet()
-    handlers = (state, fusion, arm, half, signatures, count, encode)
+    handlers = (state, fusion, arm, half, signatures, count, encode, comments)
     for name, handler in ((handler.__name__, handler) for handler in handlers):
         app.add_api_route(f"/probe/{name}", handler, methods=["GET"])
 
