@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.webui_live.client import TITLE, Client, Pictures, RefusedError, encode, expert
+from tests.webui_live.client import TITLE, Client, Pictures, RefusedError, decode, encode, expert
 from tests.webui_live.host import EXTENSION, Host, NoHostError, find_host, make_checkpoints, prepare_data
 from tests.webui_live.test_identity import picture
 
@@ -176,10 +176,9 @@ def test_off_is_as_absent_and_a_copy_changes_nothing(crowd: Crowd, case: str) ->
     """Also after it was on; and fused with its own weights the base draws what it draws under the other extensions."""
     off = crowd.case(case)
     assert off.same_as(crowd.absent[case])
-    window = crowd.case(case, expert(OTHER, snb_window=[0, 0]))
-    assert window.same_as(off)
-    if "ControlNet" not in CASES[case][0]:  # which does not act on experts
-        assert crowd.case(case, expert(COPY)).same_as(off)
+    # ControlNet does not act on experts
+    neutral = expert(OTHER, snb_window=[0, 0]) if "ControlNet" in CASES[case][0] else expert(COPY)
+    assert crowd.case(case, neutral).same_as(off)
     fused = crowd.case(case, expert(OTHER))
     assert not fused.same_as(off)
     assert "base 4" in fused.infotexts[0] or "base 8" in fused.infotexts[0]
@@ -191,7 +190,7 @@ def test_controlnet_acts_on_the_base_alone(crowd: Crowd, case: str) -> None:
     changes = CASES[case][1]
     controlled = crowd.case(case)
     plain = crowd.draw(**changes)
-    assert distance(controlled, plain) > 4
+    assert distance(controlled, plain) > 2
     assert crowd.case(case, expert(COPY, **ALONE)).same_as(plain)
     fused = crowd.case(case, expert(OTHER))
     assert not fused.same_as(crowd.draw(expert(OTHER), **changes))
@@ -220,29 +219,31 @@ def test_controlnets_reference_acts_on_the_bases_blocks(crowd: Crowd) -> None:
 def test_skipping_after_controlnet_is_as_before(crowd: Crowd) -> None:
     crowd.need(control())
     crowd.draw(model=OTHER)
-    changes = {"steps": 16, "batch_size": 2, "prompt": "a [cat:dog:0.3]"}
+    changes = {"steps": 12, "batch_size": 2, "prompt": "a [cat:dog:0.3]"}
     crowd.draw(model=BASE)
     before = crowd.draw({"skipping": "Forecast"}, **changes)
     crowd.case("ControlNet")
     assert crowd.draw({"skipping": "Forecast"}, **changes).same_as(before)
 
 
-@pytest.mark.parametrize("version", ["1", "2"])
-def test_the_other_freeu(crowd: Crowd, version: str) -> None:
-    crowd.need(other_freeu(version))
+def test_the_other_freeu(crowd: Crowd) -> None:
+    crowd.need(other_freeu("2"))
+    few = {"steps": 2, "width": 64, "height": 64}
     with crowd.settings({"sd_model_checkpoint": f"{WIDE}.safetensors"}):
-        off = crowd.draw()
+        off = crowd.draw(**few)
         before = crowd.state()
-        theirs, ours = crowd.draw(others=other_freeu(version)), crowd.draw(our_freeu(version))
-        assert distance(ours, theirs) < 0.1 * distance(ours, off)  # theirs takes one channel more
-        both = crowd.draw(our_freeu(version), others=other_freeu(version), n_iter=2)
+        for version in ("1", "2"):
+            theirs = crowd.draw(others=other_freeu(version), **few)
+            ours = crowd.draw(our_freeu(version), **few)
+            assert distance(ours, theirs) < 0.1 * distance(ours, off)  # theirs takes one channel more
+        both = crowd.draw(our_freeu("2"), others=other_freeu("2"), n_iter=2, **few)
         told = [comment for comment in crowd.ask("/probe/comments") if "FreeU" in comment]
         assert told == ["Denoiser Fusion: another FreeU was on as well; both have acted, one after the other."]
         assert distance(both, off) > distance(ours, off)
         assert crowd.state() == before
-        assert crowd.draw(others=other_freeu(version)).same_as(theirs)
+        assert crowd.draw(others=other_freeu("2"), **few).same_as(theirs)
         assert crowd.ask("/probe/comments") == []
-        assert crowd.draw().same_as(off)
+        assert crowd.draw(**few).same_as(off)
 
 
 def test_infotext_of_the_other_freeu(crowd: Crowd, client: Client) -> None:
@@ -250,24 +251,17 @@ def test_infotext_of_the_other_freeu(crowd: Crowd, client: Client) -> None:
     crowd.need(other_freeu("1"))
     text = crowd.draw(others=other_freeu("1")).infotexts[0]
     assert "FreeU Stages" in text
-    answer = client.ask("/sdapi/v1/txt2img", {"infotext": text, "width": 128, "height": 128})
     with client.settings({"sd_model_checkpoint": f"{BASE}.safetensors"}):
+        answer = client.ask("/sdapi/v1/txt2img", {"infotext": text, "width": 128, "height": 128})
         ours = client.draw(our_freeu("1"))
-    assert Pictures([decode_first(answer)], []).same_as(ours)
-
-
-def decode_first(answer: dict) -> np.ndarray:
-    from tests.webui_live.client import decode
-
-    return decode(answer["images"][0])
+    assert np.array_equal(decode(answer["images"][0]), ours.pixels[0])
 
 
 def test_dynamic_thresholding(crowd: Crowd) -> None:
     case = "Dynamic Thresholding"
-    for sampler in ("DPM++ 2M", "Euler a"):
-        theirs = crowd.case(case, sampler_name=sampler)
-        assert not theirs.same_as(crowd.draw(cfg_scale=12, sampler_name=sampler))
-        assert crowd.case(case, expert(COPY), sampler_name=sampler).same_as(theirs)
+    theirs = crowd.case(case, sampler_name="DPM++ 2M")
+    assert not theirs.same_as(crowd.draw(cfg_scale=12, sampler_name="DPM++ 2M"))
+    assert crowd.case(case, expert(COPY), sampler_name="DPM++ 2M").same_as(theirs)
     skipped = crowd.case(case, {"skipping": "Forecast"}, steps=14)
     assert distance(skipped, crowd.case(case, steps=14)) < 1
 
@@ -281,8 +275,8 @@ def test_adetailer(crowd: Crowd) -> None:
     compared = crowd.draw(expert(OTHER, compare=True), others=detail())
     assert compared.first is not None
     assert compared.same_as(fused)
-    many = crowd.case("ADetailer", expert(OTHER), batch_size=2, n_iter=2)
-    assert len(many.infotexts) == 4
+    many = crowd.case("ADetailer", expert(OTHER), n_iter=2, steps=2)
+    assert len(many.infotexts) == 2
     assert all("Fusion U-Net calls" in text for text in many.infotexts)
 
 
