@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.unets import unet_2d_blocks
 from torch import nn
 
-from lib_fusion.methods.freeu import FreeU, LowBand, Stage, filter_skip_
+from lib_fusion.methods.freeu import FreeU, LowBand, Stage
 from lib_fusion.unet.config import SD15, unet_shapes
 from lib_fusion.unet.hooks import attach_freeu
 from lib_fusion.unet.layout import read_layout
@@ -124,7 +124,7 @@ def bench_filter(rows: int, pairs: int) -> dict[str, dict]:
             return (time.perf_counter() - began) / times
 
         def ours(maps: torch.Tensor = maps, band: LowBand = band) -> None:
-            filter_skip_(maps, 0.999, band=band)
+            band.scale_(maps, 0.999, 1.0)
 
         def fourier(maps: torch.Tensor = maps) -> None:
             filter_fourier(maps, 0.999)

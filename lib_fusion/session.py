@@ -34,14 +34,15 @@ class FusionSession:
     """Model 0 is the base, 1.. are the experts in the settings' order.
 
     ``fixed_mask``: bool (1 or B,1,h,w), True where the first expert rules, for method Mask; resized to the latent.
-    ``kind`` is that of the U-Nets (``checkpoint.unet_kind``), to which ``freeu`` is to be attached, if it is not None.
+    ``kinds`` are those of the models' U-Nets (``checkpoint.unet_kind``), or one for all. ``freeu`` has for each model
+    what is to be attached to its U-Net, models of one kind the same; it is empty where FreeU is off.
     ``calls``, ``rows`` and ``skipped_rows`` count U-Net calls and batch rows per model, as reported by ``count``.
     """
 
     settings: FusionSettings
     fixed_mask: torch.Tensor | None = None
     keep_masks: bool = False
-    kind: str = "sd1"
+    kinds: Sequence[str] = ("sd1",)
     masks: list[MaskRecord] = field(default_factory=list)
     calls: list[int] = field(init=False)
     rows: list[int] = field(init=False)
@@ -54,7 +55,9 @@ class FusionSession:
         self._held_models: tuple[int, ...] | None = None
         self.last_winner: torch.Tensor | None = None
         self.skips = make_skips(self.settings)
-        self.freeu = make_freeu(self.settings, self.kind)
+        made = {kind: make_freeu(self.settings, kind) for kind in self.kinds}
+        kinds = self.kinds if len(self.kinds) > 1 else [*self.kinds] * self.num_models
+        self.freeu = [] if self.settings.freeu == "Off" else [made[kind] for kind in kinds]
         self.levels: Sequence[float] = (1000.0, 0.0)
 
     def models_at(self, timestep: float) -> tuple[int, ...]:
@@ -103,15 +106,16 @@ class FusionSession:
         by the model, two that share one U-Net are told apart.
         """
         s = self.settings
-        if self.freeu is None or s.freeu_models == ("experts" if model == BASE else "base"):
+        if not self.freeu or s.freeu_models == ("experts" if model == BASE else "base"):
             yield
             return
         step, steps = freeu.step_at(level, self.levels), len(self.levels) - 1
-        self.freeu.strength = freeu.strength(step, steps, s.freeu_start, s.freeu_stop, s.freeu_smooth)
+        acting = self.freeu[model]
+        acting.strength = freeu.strength(step, steps, s.freeu_start, s.freeu_stop, s.freeu_smooth)
         try:
             yield
         finally:
-            self.freeu.strength = 0.0
+            acting.strength = 0.0
 
     def forget(self) -> None:
         """Another base has taken over: what is known of the models' noises holds no more."""

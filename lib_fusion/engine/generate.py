@@ -100,7 +100,7 @@ class Engine:
         with tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True) as bar:
             for start in range(0, len(jobs), size):
                 batch = jobs[start : start + size]
-                session = FusionSession(fusion, fixed_mask, keep_masks, self.models[0].unet.kind)
+                session = FusionSession(fusion, fixed_mask, keep_masks, [self.models[0].unet.kind])
                 latents = self.denoise(batch, generation, session, bar)
                 images = self.decode(latents)
                 for i, ((prompt, seed), image) in enumerate(zip(batch, images, strict=True)):
@@ -188,7 +188,8 @@ class Engine:
         lockstep = self.make_lockstep(session.settings) if session.settings.method == "AFA" else None
         unets = [model.unet for model in self.models] if session.freeu else []
         decoder = [point for unet in unets for point in read_layout(unet).decoder]
-        with attach_freeu(decoder, session.freeu), lockstep.attach() if lockstep else Hooks():
+        freeu = session.freeu[0] if session.freeu else None
+        with attach_freeu(decoder, freeu), lockstep.attach() if lockstep else Hooks():
             for t in scheduler.timesteps:
                 scaled = steps.sampler.scale_model_input(x, t)  # variance-preserving, whatever the sampler
                 skips = session.skips

@@ -6,6 +6,7 @@ Building one changes no state of the host; what it computes equals what the host
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,9 @@ from torch import nn
 from lib_fusion.checkpoint import UNET_PREFIX, Checkpoint, unet_kind
 from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.settings import ExpertSettings
+
+#: Tensor names without prefix, and their shapes.
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,23 @@ class ExpertKey:
     dtype: str
 
 
+@dataclass(frozen=True)
+class Model:
+    """What a U-Net is: its ``kind`` (``checkpoint.unet_kind``), and whether it predicts ``epsilon`` or ``v``."""
+
+    kind: str
+    prediction: str
+
+    def shares_latents(self, kind: str) -> bool:
+        return self.kind == kind or {self.kind, kind} == {"sd1", "sd2"}
+
+
 @dataclass
 class Expert:
     """A loaded U-Net; ``unet`` is None where the expert is the base itself, and nothing is loaded twice."""
 
     info: Any
+    model: Model
     unet: nn.Module | None = None
 
     @property
@@ -52,12 +68,19 @@ class ExpertCache:
     def __init__(self) -> None:
         self._experts: OrderedDict[ExpertKey, Expert] = OrderedDict()
 
-    def acquire(self, infos: list[Any], settings: list[ExpertSettings], sd_model: nn.Module) -> list[Expert]:
-        """The experts of one pass, loaded where they are not yet; all are checked before any is loaded."""
-        for i, info in enumerate(infos):
-            check_fits(info, sd_model, f"experts[{i}].checkpoint")
-        kind = kind_of(sd_model)
-        for key in [key for key, expert in self._experts.items() if unet_kind_of(expert.unet) != kind]:
+    def acquire(
+        self, infos: list[Any], settings: list[ExpertSettings], sd_model: nn.Module, alike: bool
+    ) -> list[Expert]:
+        """The experts of one pass, loaded where they are not yet; all are checked before any is loaded.
+
+        ``alike``: whether they must be of the base's own architecture and prediction.
+        """
+        models = [
+            check_fits(info, setting, sd_model, f"experts[{i}]", alike)
+            for i, (info, setting) in enumerate(zip(infos, settings))
+        ]
+        kind = model_of(sd_model).kind
+        for key in [key for key, expert in self._experts.items() if not expert.model.shares_latents(kind)]:
             del self._experts[key]  # the base has changed to another kind: these can't be used with it
         keys = [
             None if is_base(info, setting, sd_model) else make_key(info, setting)
@@ -70,15 +93,15 @@ class ExpertCache:
                 del self._experts[key]
                 devices.torch_gc()
         experts = []
-        for info, key in zip(infos, keys):
+        for info, model, key in zip(infos, models, keys):
             if key is None:
-                experts.append(Expert(info))
+                experts.append(Expert(info, model))
                 continue
             if key not in self._experts:
                 unet = load_unet(info)
                 if key.loras:
                     copy_layer_names(sd_model.model.diffusion_model, unet)
-                self._experts[key] = Expert(info, unet)
+                self._experts[key] = Expert(info, model, unet)
             self._experts.move_to_end(key)
             experts.append(self._experts[key])
         return experts
@@ -144,42 +167,70 @@ def check_base(sd_model: nn.Module) -> None:
         raise SettingError("SD Unet", label, told)
 
 
-def check_fits(info: Any, sd_model: nn.Module, field: str) -> None:
-    """Refuses an expert of another kind than the base; raises SettingError. Reads the file's header only."""
+def check_fits(info: Any, setting: ExpertSettings, sd_model: nn.Module, field: str, alike: bool) -> Model:
+    """What an expert is; raises SettingError for one that can't go with the base. Reads the file's header only.
+
+    SD1 and SD2 share their latents, so unless they must be ``alike``, each may be the other's expert, with its own text
+    encoder; and a model that predicts v may be the expert of one that predicts the noise, or the other way round.
+    """
+    checkpoint = f"{field}.checkpoint"
     try:
         file = Checkpoint.open(info.filename)
         kind, shapes = file.kind, file.unet_shapes
     except CheckpointError as error:
-        raise SettingError(field, info.name, str(error).replace(f"{info.filename}: ", "")) from error
-    base = unet_shapes_of(sd_model.model.diffusion_model)
-    base_kind = kind_of(sd_model)
-    if kind != base_kind:
-        raise SettingError(field, info.name, f"it is {kind}; allowed with this base: {base_kind}")
-    channels, base_channels = (s["input_blocks.0.0.weight"][1] for s in (shapes, base))
+        raise SettingError(checkpoint, info.name, str(error).replace(f"{info.filename}: ", "")) from error
+    base, base_shapes = model_of(sd_model), unet_shapes_of(sd_model.model.diffusion_model)
+    allowed_with = "allowed with this base" + (" and AFA" if alike else "")
+    if kind != base.kind and (alike or not base.shares_latents(kind)):
+        raise SettingError(checkpoint, info.name, f"it is {kind}; {allowed_with}: {base.kind}")
+    channels, base_channels = (s["input_blocks.0.0.weight"][1] for s in (shapes, base_shapes))
     if channels != base_channels:
         names = {4: "an ordinary", 8: "an instruct-pix2pix", 9: "an inpainting"}
         found, allowed = (f"{names.get(n, 'a')} model ({n} input channels)" for n in (channels, base_channels))
-        raise SettingError(field, info.name, f"it is {found}; allowed with this base: {allowed}")
+        raise SettingError(checkpoint, info.name, f"it is {found}; allowed with this base: {allowed}")
+    if kind == base.kind:
+        check_same_shapes(shapes, base_shapes, checkpoint, info.name)
+    else:
+        check_other_kind(shapes, kind, setting, base_shapes, field)
+    prediction = file.prediction
+    if prediction != "v":
+        prediction = prediction_of_config(config_of(info, kind, sd_model))
+    if alike and prediction != base.prediction:
+        raise SettingError(checkpoint, info.name, f"it predicts {prediction}; {allowed_with}: {base.prediction}")
+    return Model(kind, prediction)
+
+
+def check_same_shapes(shapes: Shapes, base: Shapes, field: str, name: str) -> None:
     missing = [key for key in base if key not in shapes]
     if missing:
         told = f"its U-Net lacks {len(missing)} tensors of the base's, such as {missing[0]}"
-        raise SettingError(field, info.name, told)
+        raise SettingError(field, name, told)
     differ = [key for key, shape in shapes.items() if key in base and base[key] != shape]
     if differ:
         key = differ[0]
         told = f"{key} is {shapes[key]}, allowed with this base: {base[key]}"
-        raise SettingError(field, info.name, f"{len(differ)} of its tensors have other shapes; {told}")
-    says = file.prediction if file.prediction == "v" else prediction_of_config(config_of(info, kind, sd_model))
-    wanted = "v" if sd_model.parameterization == "v" else "epsilon"
-    if says != wanted:
-        raise SettingError(field, info.name, f"it predicts {says}; allowed with this base: {wanted}")
+        raise SettingError(field, name, f"{len(differ)} of its tensors have other shapes; {told}")
+
+
+def check_other_kind(shapes: Shapes, kind: str, setting: ExpertSettings, base: Shapes, field: str) -> None:
+    """What an expert of another kind than the base can't share with it."""
+    width, base_width = (
+        next(shape[1] for key, shape in s.items() if key.endswith("attn2.to_k.weight")) for s in (shapes, base)
+    )
+    if setting.text_encoder == "base" and width != base_width:
+        told = f"the expert is {kind}, which takes texts of width {width}, the base's have {base_width}; allowed: own"
+        raise SettingError(f"{field}.text_encoder", "base", told)
+    if setting.loras:
+        told = f"the expert is {kind} and the picture's LoRAs are made for the base's kind; allowed: false"
+        raise SettingError(f"{field}.loras", True, told)
 
 
 def config_of(info: Any, kind: str, sd_model: nn.Module) -> Any:
-    """The configuration beside the file, or else the host's guess, which only for SD2 needs the weights."""
+    """The configuration beside the file, or else the host's guess, which for SD2 runs a U-Net."""
     path = sd_models_config.find_checkpoint_config_near_filename(info)
     if path is None:
-        path = guess_config(info.filename, info) if kind == "sd2" else sd_model.used_config
+        known = kind != "sd2" and kind == model_of(sd_model).kind
+        path = sd_model.used_config if known else guess_config(info.filename, info)
     return OmegaConf.load(path)
 
 
@@ -200,12 +251,10 @@ def unet_shapes_of(unet: nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in unet.state_dict().items()}
 
 
-def unet_kind_of(unet: nn.Module) -> str:
-    return unet_kind(unet_shapes_of(unet), found="the base")
-
-
-def kind_of(sd_model: nn.Module) -> str:
-    return unet_kind_of(sd_model.model.diffusion_model)
+def model_of(sd_model: nn.Module) -> Model:
+    """What the host's own model is."""
+    kind = unet_kind(unet_shapes_of(sd_model.model.diffusion_model), found="the base")
+    return Model(kind, "v" if sd_model.parameterization == "v" else "epsilon")
 
 
 def read_weights(info: Any) -> dict[str, torch.Tensor]:
@@ -213,12 +262,17 @@ def read_weights(info: Any) -> dict[str, torch.Tensor]:
     return sd_models.read_state_dict(info.filename, map_location="cpu")
 
 
+def read_config(info: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """The parameters of a checkpoint's model, as the host builds it."""
+    config = OmegaConf.load(sd_models_config.find_checkpoint_config(weights, info))
+    sd_models.repair_config(config, weights)
+    return config.model.params
+
+
 def load_unet(info: Any) -> nn.Module:
     """The checkpoint's U-Net alone, in the host's class, on the host's device and in its dtype, ready to run."""
     weights = read_weights(info)
-    config = OmegaConf.load(sd_models_config.find_checkpoint_config(weights, info))
-    sd_models.repair_config(config, weights)
-    params = config.model.params
+    params = read_config(info, weights)
     node = params.network_config if "network_config" in params else params.unet_config
     dtype = devices.dtype_unet
     # Weights of a mapped file are not aligned, and stay mapped where no cast copies them.
@@ -229,7 +283,11 @@ def load_unet(info: Any) -> nn.Module:
     }
     with sd_disable_initialization.DisableInitialization(), sd_disable_initialization.InitializeOnMeta():
         unet = sd_models.get_obj_from_str(node.target)(**OmegaConf.to_container(node.params, resolve=True))
-    lacking, _ = unet.load_state_dict(own, strict=False, assign=True)
+    try:
+        lacking, _ = unet.load_state_dict(own, strict=False, assign=True)
+    except RuntimeError as error:  # of shapes
+        told = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{info.name}: its U-Net is not as its configuration says ({told})") from error
     if lacking:
         raise CheckpointError(f"{info.name}: its U-Net lacks {len(lacking)} tensors, such as {lacking[0]}")
     unet.eval().requires_grad_(False)

@@ -6,6 +6,7 @@ order), then one unconditional row per image. The host computes it in one or sev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -57,6 +58,17 @@ class Rows:
         for i, (start, parts) in enumerate(zip(self.first_rows(), self.weights)):
             cond.append(uncond[i] + sum(w * (rows[start + j] - uncond[i]) for j, w in enumerate(parts)))
         return torch.stack(cond), uncond
+
+
+def change_prediction(raw: torch.Tensor, x: torch.Tensor, alpha: float, wanted: str) -> torch.Tensor:
+    """A U-Net's output (R,C,H,W) for its input ``x`` (R,C,H,W) as one of the other prediction would have said it.
+
+    ``wanted`` is ``epsilon`` where ``raw`` is v, ``v`` where it is the noise; ``alpha`` in 0..1 is the cumulated alpha
+    of the input's noise level. By ``noise = sqrt(alpha) v + sqrt(1 - alpha) x``, in float32.
+    """
+    a, b = math.sqrt(alpha), math.sqrt(1 - alpha)
+    raw, x = raw.float(), x.float()
+    return a * raw + b * x if wanted == "epsilon" else (raw - b * x) / a
 
 
 def weights_of(cond: Any) -> list[list[float]]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from modules import devices, prompt_parser, sd_samplers_timesteps, shared
+from modules import devices, prompt_parser, sd_samplers_cfg_denoiser, sd_samplers_timesteps, shared
 from modules.sd_hijack import model_hijack
 from torch import nn
 
@@ -25,9 +25,9 @@ from lib_fusion.unet.hooks import Hooks, attach_freeu
 from lib_fusion.unet.layout import read_layout
 from lib_fusion.unet.lockstep import Lockstep
 from lib_fusion.webui.aggregators import AggregatorCache, make_lockstep, together
-from lib_fusion.webui.experts import Expert, check_base, find_checkpoint, kind_of
+from lib_fusion.webui.experts import Expert, check_base, find_checkpoint, model_of
 from lib_fusion.webui.refusal import RequestRefusedError
-from lib_fusion.webui.rows import Context, Rows, put_context, strip_marker, weights_of
+from lib_fusion.webui.rows import Context, Rows, change_prediction, put_context, strip_marker, weights_of
 from lib_fusion.webui.skipping import CORRECTED, Corrector, StepSkips, leaves_out_uncond
 
 #: The setting that shows where the experts won.
@@ -47,12 +47,13 @@ class FusionPass:
 
     def __init__(self, settings: FusionSettings, equip: Equip, sampler: Any, sd_model: nn.Module,
                  aggregators: AggregatorCache | None = None, is_hires: bool = False) -> None:  # fmt: skip
-        kind = "sd1" if settings.freeu == "Off" else kind_of(sd_model)
-        self.session = FusionSession(settings, keep_masks=bool(shared.opts.data.get(PREVIEW_OPTION, False)), kind=kind)
-        if settings.skip_passes == ("first" if is_hires else "hires"):
-            self.session.skips = None
         self.equip, self.sampler, self.aggregators = equip, sampler, aggregators
         self._take(sd_model)
+        kinds = [self.model.kind, *(expert.model.kind for expert in self.experts)]
+        keep_masks = bool(shared.opts.data.get(PREVIEW_OPTION, False))
+        self.session = FusionSession(settings, keep_masks=keep_masks, kinds=kinds)
+        if settings.skip_passes == ("first" if is_hires else "hires"):
+            self.session.skips = None
         self.guidance_scale = float(sampler.sampler_extra_args["cond_scale"])
         self.place = shared.opts.data.get("denoiser_fusion_place", PLACES[0])
         self.refined = False
@@ -64,14 +65,14 @@ class FusionPass:
         self._models: tuple[int, ...] = (BASE,)
         self._original: Callable[..., torch.Tensor] | None = None
         self._previous: Any = None
-        self._hooks, self._lockstep_hooks = Hooks(), Hooks()
+        self._hooks: list[Hooks] = []
         self.lockstep: Lockstep | None = None
         self._skipping: StepSkips | None = None
         self._corrector: Corrector | None = None
 
     def _take(self, sd_model: nn.Module) -> None:
         self.experts, self.contexts = self.equip(sd_model)
-        self.sd_model, self.checkpoint = sd_model, sd_model.sd_checkpoint_info
+        self.sd_model, self.checkpoint, self.model = sd_model, sd_model.sd_checkpoint_info, model_of(sd_model)
 
     def attach(self) -> None:
         self._previous = self.sd_model.__dict__.get("apply_model")
@@ -79,10 +80,12 @@ class FusionPass:
         self.sd_model.apply_model = self.apply_model
         if self.session.settings.method == "AFA" and self.experts:
             self.lockstep = make_lockstep(self.aggregators, self.session.settings, self.sd_model, self.experts)
-            self._lockstep_hooks = self.lockstep.attach()
-        if self.session.freeu is not None:
-            unets = [self.sd_model.model.diffusion_model, *(e.unet for e in self.experts if e.unet is not None)]
-            self._hooks = attach_freeu([p for unet in unets for p in read_layout(unet).decoder], self.session.freeu)
+            self._hooks.append(self.lockstep.attach())
+        base = self.sd_model.model.diffusion_model
+        unets = [base, *(expert.unet or base for expert in self.experts)]
+        for freeu in dict.fromkeys(self.session.freeu):
+            acted_on = [unet for unet, its in zip(unets, self.session.freeu) if its is freeu]
+            self._hooks.append(attach_freeu([p for unet in acted_on for p in read_layout(unet).decoder], freeu))
         for expert in self.experts:
             if expert.unet is not None:
                 set_tiling(expert.unet, model_hijack.circular_enabled)
@@ -92,8 +95,8 @@ class FusionPass:
     def detach(self) -> None:
         """Takes everything off; the wrapper stays inert where someone else has wrapped it since."""
         self._rows = self._skipping = None
-        self._hooks.remove()
-        self._lockstep_hooks.remove()
+        while self._hooks:
+            self._hooks.pop().remove()
         if self.sd_model.__dict__.get("apply_model") == self.apply_model:
             if self._previous is None:
                 del self.sd_model.apply_model
@@ -157,7 +160,7 @@ class FusionPass:
 
             if self._skipping is not None:
                 self.session.skips.join(joint)
-                all_or_none = "forward" in self.sd_model.model.diffusion_model.__dict__
+                all_or_none = has_other_forward(self.sd_model.model.diffusion_model)
                 is_v = self.sd_model.parameterization == "v"
                 outputs[i] = self._skipping.run(i, x, t, cond, chosen, all_or_none, is_v, call)
             else:
@@ -196,7 +199,8 @@ class FusionPass:
         """The callback for the host's sampling function, which also corrects its latent where that is exact."""
         callback, name = arguments["callback"], getattr(function, "__name__", "")
         noisy = arguments.get("s_churn", 0) or (name == "ddim" and arguments.get("eta", 0))
-        if name not in CORRECTED or noisy or self.sampler.model_wrap_cfg.mask is not None:
+        denoiser = self.sampler.model_wrap_cfg
+        if name not in CORRECTED or noisy or denoiser.mask is not None or not combines_as_ever(denoiser):
             self.session.skips.reach = 0
             return callback
         corrector = Corrector(name, self.session, self.sd_model.alphas_cumprod)
@@ -249,7 +253,17 @@ class FusionPass:
             moved([expert.unet] if self.place == PLACES[2] else []),
             borrowed_forward(self.sd_model.model.diffusion_model, expert.unet),
         ):
-            return self._original(x, t, told, *args, **kwargs)
+            raw = self._original(x, t, told, *args, **kwargs)
+        if expert.model.prediction == self.model.prediction:
+            return raw
+        return change_prediction(raw, x, self._alpha(), self.model.prediction)
+
+    def _alpha(self) -> float:
+        """How much of this step's latent is picture, in variance: the cumulated alpha of its noise level."""
+        level = float(self._sigma[0])
+        if isinstance(self._denoiser, sd_samplers_timesteps.CFGDenoiserTimesteps):
+            return float(self.sd_model.alphas_cumprod[int(level)])
+        return 1 / (1 + level**2)
 
     def _scale(self, inner_model: Any) -> torch.Tensor:
         """What one unit of raw output is in the host's rows (R,1,1,1): its denoisers are linear in the output."""
@@ -272,6 +286,11 @@ class FusionPass:
         else:
             scale = (sigma**2 + 1).rsqrt()
         return scale[:, None, None, None]
+
+
+def combines_as_ever(denoiser: Any) -> bool:
+    """Whether the halves are added up by the host's own rule, and not by another extension's (Dynamic Thresholding)."""
+    return denoiser.combine_denoised.__module__ == sd_samplers_cfg_denoiser.__name__
 
 
 def share_of(model: int, picture: int, models: tuple[int, ...], winner: torch.Tensor | None) -> torch.Tensor | float:
@@ -301,6 +320,12 @@ def moved(unets: Iterable[nn.Module | None]) -> Iterator[None]:
             unet.to(devices.cpu)
 
 
+def has_other_forward(unet: nn.Module) -> bool:
+    """Whether another extension has put a forward on a U-Net. One that puts the old one back leaves an attribute."""
+    forward = unet.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(unet).forward
+
+
 @contextmanager
 def borrowed_forward(unet: nn.Module, other: nn.Module) -> Iterator[None]:
     """The base's U-Net computes with another's weights for one call.
@@ -328,7 +353,7 @@ def told_levels(
     For FreeU's schedule and for skipping. Counters would not do: with second-order samplers, hires fix or adaptive
     steps they count something else than steps.
     """
-    if session.freeu is None and session.skips is None:
+    if not session.freeu and session.skips is None:
         yield
         return
     function = sampler.func
@@ -400,10 +425,10 @@ def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> Fus
 
     def equip(sd_model: nn.Module) -> tuple[list[Expert], list[Context | None]]:
         check_base(sd_model)
-        experts = runtime.experts.acquire(infos, list(settings.experts), sd_model)
+        experts = runtime.experts.acquire(infos, list(settings.experts), sd_model, settings.method == "AFA")
         contexts: list[Context | None] = []
-        for i, (info, expert) in enumerate(zip(infos, settings.experts)):
-            told = runtime.texts.tell(p, info, expert, f"experts[{i}]")
+        for i, (loaded, expert) in enumerate(zip(experts, settings.experts)):
+            told = runtime.texts.tell(p, loaded, expert, f"experts[{i}]")
             if told is not None and weights_of(told.cond) != weights:
                 parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {weights_of(told.cond)[0]}"
                 raise SettingError(f"experts[{i}].prompt", expert.prompt,

@@ -67,9 +67,9 @@ def before(p: Any, args: Sequence[Any]) -> None:
 def begin(p: Any, args: Sequence[Any]) -> None:
     """Reads the request and writes its infotext. Never raises: the host would go on without the effect."""
     runtime.drop_leftovers()
-    for key in infotext_keys():  # an XYZ plot's cells share this dict
-        p.extra_generation_params.pop(key, None)
-    job = Job()
+    params = p.extra_generation_params  # the cells of an XYZ plot share this dict
+    told = {key: params.pop(key) for key in infotext_keys() if key in params}
+    job, previous = Job(), getattr(p, ATTRIBUTE, None)
     setattr(p, ATTRIBUTE, job)
     try:
         if hasattr(p, compare.OVERRIDE):
@@ -83,7 +83,9 @@ def begin(p: Any, args: Sequence[Any]) -> None:
                 for i, expert in enumerate(job.settings.experts)
             ]
             job.names = [info.name for info in infos]
-            p.extra_generation_params.update(write_infotext(job.settings, job.names))
+            params.update(write_infotext(job.settings, job.names))
+            if previous is not None and previous.settings == job.settings:
+                params.update({**told, **params})  # ADetailer begins once more, between a picture and its infotext
     except FusionError as error:
         job.error = error
 
@@ -117,7 +119,7 @@ def end(p: Any, processed: Any) -> None:
     """All pictures are there: shows how they came about, where that is wanted."""
     runtime.drop_leftovers()
     job: Job | None = getattr(p, ATTRIBUTE, None)
-    if job is None or job.settings is None:
+    if job is None or job.settings is None or not processed.images:  # none yet: ADetailer ends once too early
         return
     kept = getattr(p, KEPT, None)
     if kept is not None:

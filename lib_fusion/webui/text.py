@@ -1,14 +1,12 @@
 """What an expert is told: its prompts through its own text encoder, or the base's, as the host would read them.
 
-An own encoder is a structural clone of the host's conditioner that carries the expert's weights, so emphasis, prompt
-editing, BREAK, AND, embeddings and clip skip work as they do for the base, and the base's encoder is never touched.
+An own encoder (``encoders.py``) is the host's conditioner with the expert's weights, so emphasis, prompt editing,
+BREAK, AND, embeddings and clip skip work as they do for the base, and the base's encoder is never touched.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +16,11 @@ from torch import nn
 
 from lib_fusion.errors import SettingError
 from lib_fusion.settings import ExpertSettings
-from lib_fusion.webui.experts import ExpertKey, is_base, make_key, read_weights
+from lib_fusion.webui.encoders import build_encoder, clone_encoder, share_embeddings
+from lib_fusion.webui.experts import Expert, ExpertKey, is_base, make_key, model_of
 
 #: How many sets of conditionings are kept: both passes of two experts.
 KEPT = 4
-
-_FRESH = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks",
-          "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks",
-          "_load_state_dict_post_hooks", "_state_dict_pre_hooks")  # fmt: skip
-_LORA = ("network_layer_name", "network_current_names", "network_weights_backup", "network_bias_backup")
 
 
 @dataclass
@@ -38,7 +32,7 @@ class Told:
     empty: torch.Tensor
 
 
-class CloneEncoder:
+class OwnEncoder:
     """Stands where the host's prompt parser expects a model: encodes texts with an expert's conditioner."""
 
     def __init__(self, conditioner: nn.Module, is_sdxl: bool) -> None:
@@ -49,14 +43,15 @@ class CloneEncoder:
 
 
 class TextCache:
-    """Clones of the text encoder and the last conditionings. The host's own caches are never written to."""
+    """The experts' text encoders and the last conditionings. The host's own caches are never written to."""
 
     def __init__(self) -> None:
-        self._clones: OrderedDict[tuple[ExpertKey, Any], nn.Module] = OrderedDict()
+        self._encoders: OrderedDict[tuple[ExpertKey, Any], nn.Module] = OrderedDict()
         self._told: list[tuple[Any, Told]] = []  # newest last; the keys are compared as the host compares its own
 
-    def tell(self, p: Any, info: Any, expert: ExpertSettings, field: str) -> Told | None:
+    def tell(self, p: Any, loaded: Expert, expert: ExpertSettings, field: str) -> Told | None:
         """The conditionings of this pass for an expert; None: exactly the base's."""
+        info = loaded.info
         own_encoder = expert.text_encoder == "own" and not is_base(info, expert, p.sd_model)
         if not own_encoder and not expert.prompt and not expert.negative_prompt:
             return None
@@ -73,36 +68,40 @@ class TextCache:
             with devices.autocast():
                 model = p.sd_model
                 if own_encoder:
-                    model = self._clone(info, encoder_key, p.sd_model, f"{field}.text_encoder")
+                    model = self._own(loaded, encoder_key, p.sd_model, f"{field}.text_encoder")
                 found = encode(model, prompts, negatives, steps, hires_steps, p.sd_model)
             self._told = [*self._told, (key, found)][-KEPT:]
         return found
 
     def free(self) -> None:
-        self._clones.clear()
+        self._encoders.clear()
         self._told.clear()
 
     @property
     def bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for clone in self._clones.values() for p in clone.parameters())
+        return sum(p.numel() * p.element_size() for encoder in self._encoders.values() for p in encoder.parameters())
 
-    def _clone(self, info: Any, key: ExpertKey, sd_model: nn.Module, field: str) -> CloneEncoder:
+    def _own(self, loaded: Expert, key: ExpertKey, sd_model: nn.Module, field: str) -> OwnEncoder:
         is_sdxl = hasattr(sd_model, "conditioner")
         source = sd_model.conditioner if is_sdxl else sd_model.cond_stage_model
+        is_other = loaded.model.kind != model_of(sd_model).kind
         # A clone shares the structure that the host built for this base, so another base needs another clone.
-        full_key = (key, id(source))
-        if full_key not in self._clones:
+        full_key = (key, None if is_other else id(source))
+        if full_key not in self._encoders:
             limit = max(int(shared.opts.data.get("denoiser_fusion_cache", 1)), 1)
-            while len(self._clones) >= limit:
-                self._clones.popitem(last=False)
-            clone = clone_module(source, {})
-            prefix = "conditioner." if is_sdxl else "cond_stage_model."
-            put_weights(clone, read_weights(info), prefix, info.name, field)
-            if not key.loras:
-                strip_loras(clone)
-            self._clones[full_key] = clone
-        self._clones.move_to_end(full_key)
-        return CloneEncoder(self._clones[full_key], is_sdxl)
+            while len(self._encoders) >= limit:
+                self._encoders.popitem(last=False)
+            if is_other:
+                encoder = build_encoder(loaded.info, field)
+            else:
+                prefix = "conditioner." if is_sdxl else "cond_stage_model."
+                encoder = clone_encoder(source, loaded.info, prefix, key.loras, field)
+            self._encoders[full_key] = encoder
+        self._encoders.move_to_end(full_key)
+        encoder = self._encoders[full_key]
+        if is_other:
+            share_embeddings(encoder)
+        return OwnEncoder(encoder, is_sdxl)
 
 
 def old_scheduling() -> bool:
@@ -137,10 +136,10 @@ def replace_texts(prompts: Any, text: str, field: str) -> Any:
 
 
 def encode(model: Any, prompts: Any, negatives: Any, steps: int, hires_steps: int | None, sd_model: nn.Module) -> Told:
-    """Encodes as the host does. A clone waits on the CPU where the host's own or the experts do."""
+    """Encodes as the host does. An own encoder waits on the CPU where the host's own or the experts do."""
     in_ram = lowvram.is_enabled(sd_model) or shared.opts.data.get("denoiser_fusion_place", "GPU") != "GPU"
-    moved = isinstance(model, CloneEncoder) and in_ram
-    if isinstance(model, CloneEncoder):
+    moved = isinstance(model, OwnEncoder) and in_ram
+    if isinstance(model, OwnEncoder):
         model.conditioner.to(devices.device)
     try:
         schedule = (steps, hires_steps, old_scheduling())
@@ -151,48 +150,3 @@ def encode(model: Any, prompts: Any, negatives: Any, steps: int, hires_steps: in
         if moved:
             model.conditioner.to(devices.cpu)
     return Told(cond, uncond, empty["crossattn"] if isinstance(empty, dict) else empty)
-
-
-def clone_module(module: nn.Module, seen: dict[int, nn.Module]) -> nn.Module:
-    """A module of the same structure with tables of its own: no hooks, the same tensors until others are put in."""
-    if id(module) in seen:
-        return seen[id(module)]
-    clone = seen[id(module)] = copy.copy(module)
-    clone.__dict__["_parameters"] = module._parameters.copy()
-    clone.__dict__["_buffers"] = module._buffers.copy()
-    for table in _FRESH:
-        if table in clone.__dict__:
-            clone.__dict__[table] = OrderedDict()
-    children = {
-        name: None if child is None else clone_module(child, seen) for name, child in module._modules.items()
-    }
-    clone.__dict__["_modules"] = type(module._modules)(children)
-    for name in _LORA[1:]:
-        clone.__dict__.pop(name, None)
-    return clone
-
-
-def strip_loras(clone: nn.Module) -> None:
-    """Makes the host's LoRA code pass over these layers."""
-    for module in clone.modules():
-        module.__dict__.pop(_LORA[0], None)
-
-
-def put_weights(clone: nn.Module, weights: dict[str, torch.Tensor], prefix: str, name: str, field: str) -> None:
-    """Gives a clone the checkpoint's tensors; raises SettingError where the file has no such text encoder."""
-    wanted: list[tuple[nn.Module, str, str]] = []
-    find: Callable[[str], str] = lambda path: prefix + ".".join(x for x in path.split(".") if x != "wrapped")  # noqa: E731
-    for path, module in clone.named_modules():
-        wanted += [(module, key, find(f"{path}.{key}" if path else key)) for key, p in module._parameters.items()
-                   if p is not None]  # fmt: skip
-    missing = [key for _, _, key in wanted if key not in weights]
-    if missing:
-        told = f"{name} lacks {len(missing)} of the text encoder's {len(wanted)} tensors; allowed: base"
-        raise SettingError(field, "own", told)
-    for module, key, source in wanted:
-        old = module._parameters[key]
-        if old.shape != weights[source].shape:
-            raise SettingError(field, "own", f"{source} has another shape in {name} than in the base; allowed: base")
-        value = weights[source].to(devices.cpu, devices.dtype_unet) if devices.fp8 else weights[source]
-        value = value.to(device=devices.cpu, dtype=old.dtype, copy=True)
-        module._parameters[key] = nn.Parameter(value, requires_grad=False)

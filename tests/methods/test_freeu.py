@@ -144,7 +144,7 @@ def test_autocast_does_not_make_it_less_precise(cutoff):
 
 
 def test_published_threshold_takes_seven_waves():
-    assert LowBand.like(torch.zeros(1, 1, 16, 9), 0.0).waves.shape == (7, 16 * 9)
+    assert LowBand.like(torch.zeros(1, 1, 16, 9), 0.0).waves.shape == (1, 7, 16 * 9)
 
 
 def test_schedule_switches_at_whole_steps():

@@ -81,6 +81,30 @@ def get_obj_from_str(string, reload=False):
     raise NotImplementedError
 
 
+def instantiate_from_config(config, state_dict=None):
+    raise NotImplementedError
+
+
+class EmbeddingsWithFixes(nn.Module):
+    def __init__(self, wrapped, embeddings, textual_inversion_key="clip_l"):
+        super().__init__()
+
+
+class FrozenCLIPEmbedderWithCustomWords(nn.Module):
+    def __init__(self, wrapped, hijack):
+        super().__init__()
+
+
+class FrozenOpenCLIPEmbedderWithCustomWords(nn.Module):
+    def __init__(self, wrapped, hijack):
+        super().__init__()
+
+
+class EmbeddingDatabase:
+    def register_embedding(self, embedding, model):
+        raise NotImplementedError
+
+
 def find_checkpoint_config(state_dict, info):
     raise NotImplementedError
 
@@ -119,6 +143,12 @@ SIGNATURES: dict[str, Any] = {
     "modules.sd_models:read_state_dict": read_state_dict,
     "modules.sd_models:repair_config": repair_config,
     "modules.sd_models:get_obj_from_str": get_obj_from_str,
+    "modules.sd_models:instantiate_from_config": instantiate_from_config,
+    "modules.sd_hijack:EmbeddingsWithFixes": EmbeddingsWithFixes,
+    "modules.sd_hijack_clip:FrozenCLIPEmbedderWithCustomWords": FrozenCLIPEmbedderWithCustomWords,
+    "modules.sd_hijack_open_clip:FrozenOpenCLIPEmbedderWithCustomWords": FrozenOpenCLIPEmbedderWithCustomWords,
+    "modules.textual_inversion.textual_inversion:EmbeddingDatabase.register_embedding":
+        EmbeddingDatabase.register_embedding,
     "modules.sd_models_config:find_checkpoint_config": find_checkpoint_config,
     "modules.sd_models_config:find_checkpoint_config_near_filename": find_checkpoint_config_near_filename,
     "modules.sd_models_config:guess_model_config_from_state_dict": guess_model_config_from_state_dict,
@@ -129,7 +159,10 @@ SIGNATURES: dict[str, Any] = {
 
 #: Other names that must exist in the real ``modules``; what they hold is the host's affair.
 PRESENT = ("modules.sd_models:checkpoint_aliases", "modules.sd_models:checkpoints_list", "modules.sd_unet:current_unet",
-           "modules.sd_hijack:model_hijack.circular_enabled", "modules.devices:dtype_unet", "modules.devices:cpu",
+           "modules.sd_hijack:model_hijack.circular_enabled",
+           "modules.sd_hijack:model_hijack.embedding_db.skipped_embeddings",
+           "modules.sd_hijack:model_hijack.embedding_db.word_embeddings",
+           "modules.devices:dtype_unet", "modules.devices:cpu",
            "modules.sd_samplers_timesteps:CFGDenoiserTimesteps", "modules.shared:opts.data",
            "modules.sd_models_xl:get_learned_conditioning", "modules.processing:process_images",
            "modules.processing:get_fixed_seed", "modules.images:save_image", "modules.images:image_grid",
@@ -156,6 +189,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "sd_unet": {"current_unet": None},
         "sd_hijack": {"model_hijack": SimpleNamespace(circular_enabled=False)},
         "sd_samplers_timesteps": {"CFGDenoiserTimesteps": CFGDenoiserTimesteps},
+        "sd_samplers_cfg_denoiser": {}, "sd_hijack_clip": {}, "sd_hijack_open_clip": {}, "textual_inversion": {},
+        "textual_inversion.textual_inversion": {},
         "sd_disable_initialization": {}, "sd_models_config": {}, "sd_models_xl": {}, "lowvram": {},
         "extra_networks": {}, "prompt_parser": {}, "images": {}, "processing": {},
         "paths": {"models_path": "models"},
@@ -169,8 +204,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     for name, attributes in contents.items():
         module = types.ModuleType(f"modules.{name}")
         module.__dict__.update(attributes)
-        setattr(package, name, module)
+        setattr(package, name.rpartition(".")[2], module)
         monkeypatch.setitem(sys.modules, f"modules.{name}", module)
+    encoders = types.ModuleType("ldm.modules.encoders.modules")
+    encoders.FrozenCLIPEmbedder = encoders.FrozenOpenCLIPEmbedder = None
+    for name in ("ldm", "ldm.modules", "ldm.modules.encoders"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, encoders.__name__, encoders)
     omegaconf = types.ModuleType("omegaconf")
     omegaconf.OmegaConf = SimpleNamespace()
     fastapi = types.ModuleType("fastapi")

@@ -22,6 +22,10 @@ class UNet(nn.Module):
         self.weight = weight
         self.calls = 0
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """By which it is taken for SD1's."""
+        return {name: torch.zeros(1, 1, 1, 1) for name in ("input_blocks.0.0.weight", "out.2.weight", "proj_in.weight")}
+
     def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         return torch.sin(self.weight * x + context.mean(dim=(1, 2))[:, None, None, None])
@@ -98,7 +102,7 @@ def sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
 def make_pass(sampling: Any, step: Step, expert: UNet, **settings: Any) -> Any:
     sampling.shared.sd_model = step.model
     told = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], **settings})
-    loaded = SimpleNamespace(unet=expert)
+    loaded = SimpleNamespace(unet=expert, model=sampling.model_of(step.model))
     return sampling.FusionPass(told, lambda _: ([loaded], [None]), step.sampler, step.model)
 
 
@@ -281,3 +285,16 @@ def test_another_freeu_is_told_once(sampling: Any, key: str, freeu: str, told: i
     for _ in range(2):  # both passes of a picture
         script._tell(p, job, {"refined": False})
     assert len(comments) == told
+
+
+def test_change_prediction(sampling: Any) -> None:
+    """Both say the same of the picture, whichever is asked for."""
+    from lib_fusion.webui.rows import change_prediction
+
+    picture, noise = torch.randn(2, 2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    for alpha in (0.0047, 0.5, 0.9991):
+        a, b = alpha**0.5, (1 - alpha) ** 0.5
+        x, v = a * picture + b * noise, a * noise - b * picture
+        torch.testing.assert_close(change_prediction(v, x, alpha, "epsilon"), noise, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(change_prediction(noise, x, alpha, "v"), v, rtol=1e-4, atol=1e-4)
+        assert change_prediction(noise.half(), x.half(), alpha, "v").dtype == torch.float32

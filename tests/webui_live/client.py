@@ -60,11 +60,17 @@ class Client:
             raise RefusedError(error.code, json.loads(error.read() or b"{}")) from error
 
     def draw(self, fusion: Any = None, *, model: str | None = None, img2img: Image.Image | None = None,
-             args: list | None = None, settings: dict | None = None, **changes: Any) -> Pictures:  # fmt: skip
-        """Pictures with ``fusion`` as the script's one argument (or ``args`` as all of them)."""
+             args: list | None = None, settings: dict | None = None, others: dict[str, list] | None = None,
+             **changes: Any) -> Pictures:  # fmt: skip
+        """Pictures with ``fusion`` as the script's one argument (or ``args`` as all of them).
+
+        ``others``: arguments of other extensions' scripts, whose own pictures, after the real ones, are left out.
+        """
         body = PICTURE | changes
         if fusion is not None or args is not None:
             body["alwayson_scripts"] = {TITLE: {"args": args if args is not None else [fusion]}}
+        if others:
+            body["alwayson_scripts"] = {k: {"args": v} for k, v in others.items()} | body.get("alwayson_scripts", {})
         if model:
             body["override_settings"] = {"sd_model_checkpoint": f"{model}.safetensors"}
         if img2img is not None:
@@ -75,6 +81,8 @@ class Client:
         start = info["index_of_first_image"]
         pixels = [decode(text) for text in answer["images"]]
         first = pixels[0] if start else None
+        if others:
+            pixels = pixels[: start + body.get("batch_size", 1) * body.get("n_iter", 1)]
         return Pictures(pixels[start:], info["infotexts"][start:], info["extra_generation_params"], first)
 
     def settings(self, values: dict) -> _Settings:

@@ -83,10 +83,10 @@ def copy_demo(name: str, models: Path, target: str | None = None) -> bool:
     return True
 
 
-def make_checkpoints(data: Path, python: Path, folder: Path) -> None:
-    """Tiny checkpoints with random weights, SD1 and SDXL, made by the host's own classes in its own Python."""
+def make_checkpoints(data: Path, python: Path, folder: Path, *which: str) -> None:
+    """Tiny checkpoints with random weights, made by the host's own classes in its own Python."""
     script = Path(__file__).with_name("make_checkpoints.py")
-    command = [str(python), str(script), str(data), str(folder)]
+    command = [str(python), str(script), str(data), str(folder), *which]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"making checkpoints failed:\n{done.stderr[-3000:]}")
@@ -101,13 +101,14 @@ def free_port() -> int:
 class Host:
     """A running WebUI. ``url`` is where it listens; ``log`` its output so far."""
 
-    def __init__(self, data: Path, checkpoint: str, port: int | None = None, extra: tuple[str, ...] = ()) -> None:
-        folder, python = find_host()
+    def __init__(self, data: Path, checkpoint: str, port: int | None = None, extra: tuple[str, ...] = (),
+                 python: Path | None = None) -> None:  # fmt: skip
+        folder, own_python = find_host()
         self.data, self.port = data, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = (data / "host.log").open("w")
         file = data / "models/Stable-diffusion" / f"{checkpoint}.safetensors"
-        command = [str(python), "launch.py", *FLAGS, "--port", str(self.port), "--data-dir", str(data),
+        command = [str(python or own_python), "launch.py", *FLAGS, "--port", str(self.port), "--data-dir", str(data),
                    "--ckpt", str(file), *extra]  # fmt: skip
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment(), stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True

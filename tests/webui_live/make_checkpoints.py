@@ -1,7 +1,10 @@
-"""Writes tiny checkpoints with random weights: ``make_checkpoints.py DATA_DIR WEBUI_DIR``, run by the host's Python.
+"""Writes tiny checkpoints with random weights, run by the host's Python: ``make_checkpoints.py DATA_DIR WEBUI_DIR``.
 
 tiny_a, tiny_b, tiny_c: SD1 with one VAE; tiny_copy: tiny_a's weights in another file; tiny_v: predicts v;
-tiny_inpaint: nine channels; tiny_xl, tiny_xl_b: SDXL with one VAE; tiny_unet: a U-Net without a text encoder.
+tiny_2, tiny_2_v: SD2 with tiny_a's VAE, without the tensors that nothing uses; tiny_inpaint: nine channels; tiny_xl,
+tiny_xl_b, tiny_xl_v: SDXL with one VAE; tiny_unet: a U-Net without a text encoder. tiny_ti, wide_ti: textual inversions
+for SD1 and SD2. With a third argument ``extensions`` only: tiny_a, tiny_copy, tiny_b; tiny_2x: SD1 with features of 640
+and 320 channels, where sd-webui-freeu acts; tiny_control: a ControlNet for tiny_a.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 DATA, WEBUI = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
@@ -26,6 +30,8 @@ MODELS = DATA / "models/Stable-diffusion"
 CLIP = DATA / "tiny-clip"
 OPEN_CLIP = DATA / "tiny-openclip"
 WIDTH = 32
+#: Of SD2's texts, which no SD1 model takes.
+WIDTH_2 = 48
 
 
 def make_clip() -> None:
@@ -46,12 +52,13 @@ def make_clip() -> None:
 
 
 def make_open_clip() -> None:
-    """SDXL's second encoder, small; the host learns its name from a one-file extension."""
+    """SDXL's second encoder and SD2's, small; the host learns their names from a one-file extension."""
     OPEN_CLIP.mkdir(parents=True, exist_ok=True)
     vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
-    text = {"context_length": 77, "vocab_size": 49408, "width": WIDTH, "heads": 2, "layers": 3}
-    config = {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text}
-    (OPEN_CLIP / "tiny-openclip.json").write_text(json.dumps(config))
+    for name, width in (("tiny-openclip", WIDTH), ("tiny-openclip-2", WIDTH_2)):
+        text = {"context_length": 77, "vocab_size": 49408, "width": width, "heads": 2, "layers": 3}
+        config = {"embed_dim": width, "vision_cfg": vision, "text_cfg": text}
+        (OPEN_CLIP / f"{name}.json").write_text(json.dumps(config))
     open_clip.add_model_config(str(OPEN_CLIP))
     scripts = DATA / "extensions/tiny-openclip/scripts"
     scripts.mkdir(parents=True, exist_ok=True)
@@ -77,6 +84,17 @@ def sd1_config(**params: object) -> dict:
             "embed_dim": 4, "monitor": "x", "ddconfig": VAE, "lossconfig": loss}},
         "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": {
             "version": str(CLIP), "device": "cpu"}}} | params}}  # fmt: skip
+
+
+def sd2_config(**params: object) -> dict:
+    config = sd1_config(**params)
+    unet = config["model"]["params"]["unet_config"]["params"]
+    del unet["num_heads"]
+    unet |= {"num_head_channels": 16, "use_linear_in_transformer": True, "context_dim": WIDTH_2}
+    config["model"]["params"]["cond_stage_config"] = {
+        "target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
+        "params": {"arch": "tiny-openclip-2", "version": "", "freeze": True, "layer": "penultimate"}}  # fmt: skip
+    return config
 
 
 def inpainting_config() -> dict:
@@ -118,6 +136,9 @@ def sdxl_config() -> dict:
         "first_stage_config": {"target": "sgm.models.autoencoder.AutoencoderKLInferenceWrapper", "params": {
             "embed_dim": 4, "monitor": "x", "ddconfig": VAE | {"attn_type": "vanilla"},
             "lossconfig": {"target": "torch.nn.Identity"}}}}}}  # fmt: skip
+
+
+VELOCITY = "sgm.modules.diffusionmodules.denoiser_scaling.VScaling"
 
 
 def build(config: dict, seed: int) -> dict[str, torch.Tensor]:
@@ -167,6 +188,46 @@ def write_lora(name: str, weights: dict[str, torch.Tensor]) -> None:
     save_file(tensors, folder / f"{name}.safetensors")
 
 
+def write_embedding(name: str, width: int) -> None:
+    """A textual inversion of three vectors."""
+    folder = DATA / "embeddings"
+    folder.mkdir(parents=True, exist_ok=True)
+    vectors = torch.randn(3, width, generator=torch.Generator().manual_seed(width))
+    save_file({"emb_params": vectors}, folder / f"{name}.safetensors")
+
+
+def write_control(name: str, weights: dict[str, torch.Tensor]) -> None:
+    """A ControlNet in the format of the original ones, for a U-Net; it changes a picture a lot."""
+    prefix = "model.diffusion_model."
+    copied = ("time_embed.", "input_blocks.", "middle_block.")
+    made = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+    made = {key: value for key, value in made.items() if key.startswith(copied)}
+    skips = [made[f"input_blocks.{i}.0.{layer}"].shape[0] for i in range(12)
+             for layer in ("weight", "out_layers.3.weight", "op.weight") if f"input_blocks.{i}.0.{layer}" in made]
+    widths = (3, 16, 16, 32, 32, 96, 96, 256, skips[0])
+    convs = {f"input_hint_block.{2 * i}": (out, into, 3, 3) for i, (into, out) in enumerate(pairwise(widths))}
+    convs |= {f"zero_convs.{i}.0": (width, width, 1, 1) for i, width in enumerate(skips)}
+    convs["middle_block_out.0"] = (skips[-1], skips[-1], 1, 1)
+    generator = torch.Generator().manual_seed(10)
+    for key, shape in convs.items():
+        std = 0.5 / (shape[1] * shape[2] * shape[3]) ** 0.5
+        made[f"{key}.weight"] = torch.randn(shape, generator=generator) * std
+        made[f"{key}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
+    folder = DATA / "models/ControlNet"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({f"control_model.{key}": value for key, value in made.items()}, folder / f"{name}.safetensors")
+
+
+def make_for_extensions(config: dict, first: dict[str, torch.Tensor]) -> None:
+    write_control("tiny_control", first)
+    wide = copy.deepcopy(config)
+    unet = wide["model"]["params"]["unet_config"]["params"]
+    unet |= {"model_channels": 320, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": []}
+    weights = build(wide, 11)
+    weights |= {key: value for key, value in first.items() if key.startswith("first_stage_model.")}
+    write("tiny_2x", {key: v.half() if v.is_floating_point() else v for key, v in weights.items()}, wide)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     MODELS.mkdir(parents=True, exist_ok=True)
@@ -178,12 +239,23 @@ def main() -> None:
     write("tiny_a", first, config)
     write("tiny_copy", first, config, {"title": "the same weights in another file"})
     write("tiny_b", second, config)
+    if sys.argv[3:] == ["extensions"]:
+        make_for_extensions(config, first)
+        return
     write_lora("tiny_lora", first)
+    write_embedding("tiny_ti", WIDTH)
+    write_embedding("wide_ti", WIDTH_2)
     write("tiny_c", vary(first, 6), config)
     write("tiny_v", first, sd1_config(parameterization="v"))
     write("tiny_v_copy", first, sd1_config(parameterization="v"), {"title": "the same weights in another file"})
     write("tiny_v_b", second, sd1_config(parameterization="v"))
     write("tiny_unet", {k: v for k, v in second.items() if k.startswith("model.diffusion_model.")}, config)
+    two = build(sd2_config(), 8)
+    two |= {key: value for key, value in first.items() if key.startswith("first_stage_model.")}
+    idle = ("model.text_projection", "model.logit_scale", "model.transformer.resblocks.2.")
+    two = {key: value for key, value in two.items() if not key.startswith(tuple(f"cond_stage_model.{i}" for i in idle))}
+    write("tiny_2", two, sd2_config())
+    write("tiny_2_v", vary(two, 9), sd2_config(parameterization="v"))
     nine = inpainting_config()
     inpainting = build(nine, 3)
     write("tiny_inpaint", inpainting, nine)
@@ -193,6 +265,8 @@ def main() -> None:
     write("tiny_xl", large, sdxl)
     write("tiny_xl_copy", large, sdxl, {"title": "the same weights in another file"})
     write("tiny_xl_b", vary(large, 5), sdxl)
+    sdxl["model"]["params"]["denoiser_config"]["params"]["scaling_config"]["target"] = VELOCITY
+    write("tiny_xl_v", vary(large, 5), sdxl)
     for name in ("pytorch_model.bin", "model.safetensors"):
         (CLIP / name).unlink(missing_ok=True)
 

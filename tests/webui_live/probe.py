@@ -2,10 +2,11 @@
 
 import hashlib
 import inspect
+import sys
 
 import torch
 from ldm.modules.diffusionmodules.util import GroupNorm32
-from modules import devices, script_callbacks, sd_models, sd_unet, shared
+from modules import devices, script_callbacks, scripts, sd_models, sd_unet, shared
 
 armed = {}
 armed_norm = []
@@ -90,6 +91,42 @@ def count(on: bool):
     return counted
 
 
+def encode(text: str, expert: str = ""):
+    """A text's states, as a digest: by the host's own conditioner, or by one that is built for an expert."""
+    model, before = shared.sd_model, torch.get_rng_state()
+    if expert:
+        from lib_fusion.webui import encoders, experts
+
+        model = encoders.build_encoder(experts.find_checkpoint(expert, "expert"), "expert")
+        encoders.share_embeddings(model)
+    with torch.no_grad(), devices.autocast():
+        states = model([text]) if expert else model.get_learned_conditioning([text])
+    return {
+        "digest": hashlib.sha256(states.cpu().contiguous().numpy().tobytes()).hexdigest(),
+        "shape": list(states.shape),
+        "random": torch.equal(before, torch.get_rng_state()),
+    }
+
+
+class ProbeScript(scripts.Script):
+    """Keeps the comments of the last generation, which the API does not tell."""
+
+    comments = []
+
+    def title(self):
+        return "Probe"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def postprocess(self, p, processed, *args):
+        ProbeScript.comments = list(p.comments)
+
+
+def comments():
+    return ProbeScript.comments
+
+
 class ProbeEngine(sd_unet.SdUnet):
     """A U-Net engine as TensorRT's is one: the host's U-Net is not asked any more."""
 
@@ -140,8 +177,16 @@ def on_step(params):
         handle = unet.register_forward_pre_hook(fail)
 
 
+def shrink_controlnet():
+    """Lets the ControlNet extension take one for a U-Net of 32 channels; it knows real sizes only."""
+    guess = sys.modules.get("scripts.controlnet_model_guess")
+    if guess is not None:
+        guess.controlnet_default_config["model_channels"] = 32
+
+
 def add_routes(_, app):
-    handlers = (state, fusion, arm, half, signatures, count)
+    shrink_controlnet()
+    handlers = (state, fusion, arm, half, signatures, count, encode, comments)
     for name, handler in ((handler.__name__, handler) for handler in handlers):
         app.add_api_route(f"/probe/{name}", handler, methods=["GET"])
 

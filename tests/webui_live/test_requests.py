@@ -12,7 +12,7 @@ from tests.webui_live.conftest import Names
 
 WRONG = {
     "experts[0].checkpoint": [expert("nothing"), expert("/etc/passwd"), expert(""), expert("tiny_xl"), expert("tiny"),
-                              expert("tiny_inpaint"), expert("tiny_v")],
+                              expert("tiny_inpaint")],
     "experts[0].promt": [{"experts": [{"checkpoint": "tiny_b", "promt": "x"}]}],
     "experts[0].text_encoder": [expert("tiny_b", text_encoder="mine")],
     "experts[0].prompt": [expert("tiny_b", prompt="a cat <lora:x:1>"), expert("tiny_b", prompt="a cat AND a dog")],
