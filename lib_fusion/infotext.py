@@ -119,7 +119,7 @@ def adopt_freeu(entries: Mapping[str, Any]) -> Mapping[str, Any]:
                  "skip_cutoff": "cutoff", "skip_high_end_factor": "high"}  # fmt: skip
         for n, stage in enumerate(stages, start=1):
             found |= {f"freeu_{names[name]}{n}": value for name, value in stage.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):
         return entries
     ours = {Field(row).infotext: str(found[row.key]) for row in FREEU_PARAMETERS if row.key in found}
     return {**ours, **entries}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from modules import devices, sd_disable_initialization, sd_models, sd_models_config, sd_unet, shared
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from torch import nn
 
 from lib_fusion.checkpoint import UNET_PREFIX, Checkpoint, unet_kind
@@ -88,8 +89,8 @@ class ExpertCache:
         devices.torch_gc()
 
     def sizes(self) -> list[tuple[str, int]]:
-        """(name, bytes) of what is loaded."""
-        return [(expert.info.name_for_extra, expert.bytes) for expert in self._experts.values()]
+        """(name, bytes) of what is loaded. The page asks for it at any time, so of a list as it is now."""
+        return [(expert.info.name_for_extra, expert.bytes) for expert in list(self._experts.values())]
 
 
 def find_checkpoint(name: str, field: str) -> Any:
@@ -155,7 +156,7 @@ def check_fits(info: Any, sd_model: nn.Module, field: str) -> None:
     base_kind = kind_of(sd_model)
     if kind != base_kind:
         raise SettingError(field, info.name, f"it is {kind}; allowed with this base: {base_kind}")
-    channels, base_channels = (s["input_blocks.0.0.weight"][1] for s in (shapes, base))
+    channels, base_channels = (sum(s["input_blocks.0.0.weight"][1:2]) for s in (shapes, base))
     if channels != base_channels:
         names = {4: "an ordinary", 8: "an instruct-pix2pix", 9: "an inpainting"}
         found, allowed = (f"{names.get(n, 'a')} model ({n} input channels)" for n in (channels, base_channels))
@@ -209,12 +210,22 @@ def kind_of(sd_model: nn.Module) -> str:
 
 
 def read_weights(info: Any) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors as the host names them, on the CPU, mapped rather than read."""
-    return sd_models.read_state_dict(info.filename, map_location="cpu")
+    """A checkpoint's tensors as the host names them, on the CPU, mapped rather than read; raises CheckpointError.
+
+    Only files that ``Checkpoint.open`` takes: the host's function would unpickle others.
+    """
+    Checkpoint.open(info.filename)
+    try:
+        return sd_models.read_state_dict(info.filename, map_location="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{info.name}: can't be read ({error})") from error
 
 
 def load_unet(info: Any) -> nn.Module:
-    """The checkpoint's U-Net alone, in the host's class, on the host's device and in its dtype, ready to run."""
+    """The checkpoint's U-Net alone, in the host's class, on the host's device and in its dtype, ready to run.
+
+    Raises CheckpointError, also where a weight is not a finite number in that dtype.
+    """
     weights = read_weights(info)
     config = OmegaConf.load(sd_models_config.find_checkpoint_config(weights, info))
     sd_models.repair_config(config, weights)
@@ -229,14 +240,32 @@ def load_unet(info: Any) -> nn.Module:
     }
     with sd_disable_initialization.DisableInitialization(), sd_disable_initialization.InitializeOnMeta():
         unet = sd_models.get_obj_from_str(node.target)(**OmegaConf.to_container(node.params, resolve=True))
-    lacking, _ = unet.load_state_dict(own, strict=False, assign=True)
-    if lacking:
-        raise CheckpointError(f"{info.name}: its U-Net lacks {len(lacking)} tensors, such as {lacking[0]}")
+    wanted = {key: value.shape for key, value in unet.state_dict().items()}
+    wrong = [key for key, shape in wanted.items()
+             if key not in own or own[key].shape != shape or not own[key].is_floating_point()]  # fmt: skip
+    if wrong:
+        told = f"{len(wrong)} tensors of its U-Net are not there, not numbers, or of another shape than its .yaml says"
+        raise CheckpointError(f"{info.name}: {told}, such as {wrong[0]}")
+    unet.load_state_dict({key: own[key] for key in wanted}, assign=True)
     unet.eval().requires_grad_(False)
     unet.dtype = dtype
+    check_finite(unet.to(devices.device), info.name)
     if devices.fp8:
         store_in_fp8(unet)
     return unet.to(devices.device)
+
+
+def check_finite(unet: nn.Module, name: str) -> None:
+    """Raises CheckpointError where a weight is infinite or not a number: such a model draws noise or black.
+
+    A sum shows it, and takes no second copy of the weights; it is read once for all of them.
+    """
+    totals = {key: value.sum(dtype=torch.float32) for key, value in unet.state_dict().items()}
+    finite = torch.stack(list(totals.values())).isfinite().tolist()
+    broken = [key for key, is_finite in zip(totals, finite) if not is_finite]
+    if broken:
+        told = f"{len(broken)} tensors of its U-Net hold infinite values or NaN, such as {broken[0]}"
+        raise CheckpointError(f"{name}: {told}; the file is broken, or not made for {unet.dtype}")
 
 
 def store_in_fp8(unet: nn.Module) -> None:
