@@ -19,6 +19,8 @@ from lib_fusion.settings import (
 
 #: The checkpoint of an expert that is not there.
 NO_CHECKPOINT = ("", "None")
+#: Entries that tell what was done, and are no settings; the last is in the API's answer only, not in pictures.
+NOTES = ["Fusion U-Net calls", "Fusion U-Net rows", "Fusion seconds", "Fusion comment"]
 
 
 
@@ -126,7 +128,7 @@ def adopt_freeu(entries: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def infotext_keys() -> list[str]:
-    return [field.infotext for field in list_fields()] + ["Fusion U-Net calls", "Fusion U-Net rows", "Fusion seconds"]
+    return [field.infotext for field in list_fields()] + NOTES
 
 
 def _protect(text: str) -> str:

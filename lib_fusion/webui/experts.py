@@ -6,6 +6,8 @@ Building one changes no state of the host; what it computes equals what the host
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lib_fusion.checkpoint import UNET_PREFIX, Checkpoint, unet_kind
-from lib_fusion.errors import CheckpointError, SettingError
+from lib_fusion.errors import CheckpointError, FusionError, SettingError
 from lib_fusion.settings import ExpertSettings
 
 
@@ -170,7 +172,11 @@ def check_fits(info: Any, sd_model: nn.Module, field: str) -> None:
         key = differ[0]
         told = f"{key} is {shapes[key]}, allowed with this base: {base[key]}"
         raise SettingError(field, info.name, f"{len(differ)} of its tensors have other shapes; {told}")
-    says = file.prediction if file.prediction == "v" else prediction_of_config(config_of(info, kind, sd_model))
+    try:
+        with built_as_told(info):
+            says = file.prediction if file.prediction == "v" else prediction_of_config(config_of(info, kind, sd_model))
+    except CheckpointError as error:
+        raise SettingError(field, info.name, str(error)) from error
     wanted = "v" if sd_model.parameterization == "v" else "epsilon"
     if says != wanted:
         raise SettingError(field, info.name, f"it predicts {says}; allowed with this base: {wanted}")
@@ -227,10 +233,11 @@ def load_unet(info: Any) -> nn.Module:
     Raises CheckpointError, also where a weight is not a finite number in that dtype.
     """
     weights = read_weights(info)
-    config = OmegaConf.load(sd_models_config.find_checkpoint_config(weights, info))
-    sd_models.repair_config(config, weights)
-    params = config.model.params
-    node = params.network_config if "network_config" in params else params.unet_config
+    with built_as_told(info):
+        config = OmegaConf.load(sd_models_config.find_checkpoint_config(weights, info))
+        sd_models.repair_config(config, weights)
+        params = config.model.params
+        node = params.network_config if "network_config" in params else params.unet_config
     dtype = devices.dtype_unet
     # Weights of a mapped file are not aligned, and stay mapped where no cast copies them.
     own = {
@@ -238,7 +245,8 @@ def load_unet(info: Any) -> nn.Module:
         for key, value in weights.items()
         if key.startswith(UNET_PREFIX)
     }
-    with sd_disable_initialization.DisableInitialization(), sd_disable_initialization.InitializeOnMeta():
+    no_init = sd_disable_initialization.DisableInitialization(), sd_disable_initialization.InitializeOnMeta()
+    with built_as_told(info), no_init[0], no_init[1]:
         unet = sd_models.get_obj_from_str(node.target)(**OmegaConf.to_container(node.params, resolve=True))
     wanted = {key: value.shape for key, value in unet.state_dict().items()}
     wrong = [key for key, shape in wanted.items()
@@ -253,6 +261,18 @@ def load_unet(info: Any) -> nn.Module:
     if devices.fp8:
         store_in_fp8(unet)
     return unet.to(devices.device)
+
+
+@contextmanager
+def built_as_told(info: Any) -> Iterator[None]:
+    """A .yaml beside a checkpoint can say anything; whatever the host makes of it is told with the file's name."""
+    try:
+        yield
+    except (FusionError, MemoryError):
+        raise
+    except Exception as error:
+        told = f"can't be built as its configuration says ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{info.name}: {told}") from error
 
 
 def check_finite(unet: nn.Module, name: str) -> None:

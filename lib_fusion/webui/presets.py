@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ class Presets:
 
     def _write(self, presets: dict[str, dict[str, Any]]) -> None:
         partial = self.path.with_suffix(".partial")
+        if self.path.is_file() and not self.path.stat().st_mode & stat.S_IWUSR:
+            raise FusionError(f"{self.path.name}: is read-only; nothing has changed")
         try:
             partial.write_text(json.dumps(presets, indent=1, ensure_ascii=False), "utf-8")
             partial.replace(self.path)

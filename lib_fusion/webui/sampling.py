@@ -60,13 +60,14 @@ class FusionPass:
         self.place = shared.opts.data.get("denoiser_fusion_place", PLACES[0])
         self.refined = False
         self.error: Exception | None = None
+        self._begun = self._attached = False
         self._rows: Rows | None = None
         self._denoiser: Any = None
         self._sigma: torch.Tensor | None = None
         self._timestep = 0.0
         self._models: tuple[int, ...] = (BASE,)
         self._original: Callable[..., torch.Tensor] | None = None
-        self._previous: Any = None
+        self._previous = self._wrapper = None
         self._hooks, self._lockstep_hooks = Hooks(), Hooks()
         self.lockstep: Lockstep | None = None
         self._skipping: StepSkips | None = None
@@ -79,7 +80,8 @@ class FusionPass:
     def attach(self) -> None:
         self._previous = self.sd_model.__dict__.get("apply_model")
         self._original = self.sd_model.apply_model
-        self.sd_model.apply_model = self.apply_model
+        self._wrapper = self.sd_model.apply_model = self.apply_model
+        self._attached = True
         if self.session.settings.method == "AFA" and self.experts:
             self.lockstep = make_lockstep(self.aggregators, self.session.settings, self.sd_model, self.experts)
             self._lockstep_hooks = self.lockstep.attach()
@@ -95,9 +97,10 @@ class FusionPass:
     def detach(self) -> None:
         """Takes everything off; the wrapper stays inert where someone else has wrapped it since."""
         self._rows = self._skipping = None
+        self._attached = False
         self._hooks.remove()
         self._lockstep_hooks.remove()
-        if self.sd_model.__dict__.get("apply_model") == self.apply_model:
+        if self._wrapper is not None and self.sd_model.__dict__.get("apply_model") is self._wrapper:
             if self._previous is None:
                 del self.sd_model.apply_model
             else:
@@ -112,6 +115,7 @@ class FusionPass:
         self._rows = self._skipping = None
         if params.denoiser.sampler is not self.sampler:
             return
+        self._begun = True
         if shared.sd_model is not self.sd_model or self.sd_model.sd_checkpoint_info != self.checkpoint:
             if not self.session.settings.refiner:
                 self.refined = True
@@ -134,9 +138,13 @@ class FusionPass:
 
     def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The first model's raw output for the rows of this call; the others' are kept for the end of the step."""
+        if not self._attached:
+            return self._original(x, t, cond, *args, **kwargs)
         if self.error is not None:
             raise self.error
         rows = self._rows
+        if not self._begun:
+            raise FusionError("Denoiser Fusion could not act: the host, or another extension, tells of no steps")
         if rows is None or not isinstance(cond, dict):
             return self._original(x, t, cond, *args, **kwargs)
         start, stop = rows.cursor, rows.cursor + x.shape[0]

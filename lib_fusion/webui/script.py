@@ -23,6 +23,8 @@ from lib_fusion.webui.runtime import runtime
 ATTRIBUTE = "_denoiser_fusion"
 #: On a request that is to be compared: what it was before the host changed it.
 KEPT = "_denoiser_fusion_kept"
+#: A request's error until it is read: the host goes on after whatever its scripts raise.
+UNREAD = FusionError("Denoiser Fusion could not read the request; the console says why")
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Job:
 def before(p: Any, args: Sequence[Any]) -> None:
     """Before the host changes the request: keeps it, where a comparison is asked for."""
     p.__dict__.pop(KEPT, None)
-    job = Job()
+    job = Job(error=UNREAD)
     setattr(p, ATTRIBUTE, job)
     try:
         if COMPARE.read(values_of(args).get(COMPARE.key, False)) and not hasattr(p, compare.OVERRIDE):
@@ -87,6 +89,8 @@ def begin(p: Any, args: Sequence[Any]) -> None:
             ]
             job.names = [info.name for info in infos]
             p.extra_generation_params.update(write_infotext(job.settings, job.names))
+        if job.error is UNREAD:
+            job.error = None
     except Exception as error:
         job.error = error
 
@@ -140,7 +144,8 @@ def _told_of(processed: Any, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         told = f"Denoiser Fusion: the {what} could not be made ({one_line(f'{type(error).__name__}: {error}')})."
-        processed.comments += f"{told}\n"
+        processed.comments += f"{told}\n"  # under the gallery
+        processed.extra_generation_params["Fusion comment"] = told  # in the API's answer
         errors.report(told, exc_info=not isinstance(error, (FusionError, OSError)))
 
 
