@@ -22,6 +22,8 @@ from lib_fusion.webui.experts import ExpertKey, is_base, make_key, read_weights
 
 #: How many sets of conditionings are kept: both passes of two experts.
 KEPT = 4
+#: Brackets in an expert's prompt. The host's reader of prompts takes minutes and gigabytes for some thousand.
+MOST_BRACKETS = 200
 
 _FRESH = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks",
           "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks",
@@ -130,6 +132,8 @@ def prompts_of(p: Any) -> tuple[Any, Any, int, int | None, Any]:
 
 def replace_texts(prompts: Any, text: str, field: str) -> Any:
     """The expert's own text for every picture; LoRAs can't be named in it, since the host switches them for all."""
+    if sum(map(text.count, "()[]")) > MOST_BRACKETS:
+        raise SettingError(field, text, f"allowed: at most {MOST_BRACKETS} brackets")
     plain, networks = extra_networks.parse_prompts([text])
     if networks:
         raise SettingError(field, text, "allowed: a prompt without <...>; LoRAs are named in the picture's prompt")

@@ -94,7 +94,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     store = Presets(tmp_path / "presets.json")
     store.save("mine", {"k_expert": 2})
     store.path.with_suffix(".partial").symlink_to("/dev/full")
-    with pytest.raises(FusionError, match="can't be written .*No space left"):
+    with pytest.raises(FusionError, match=r"can't be written .*No space left"):
         store.save("another", {})
     assert store.names() == [*SHIPPED, "mine"]
     assert list(tmp_path.iterdir()) == [store.path]

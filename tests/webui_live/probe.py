@@ -50,7 +50,7 @@ def fusion():
 
 
 def arm(what: str, step: int = 1):
-    """At a step the U-Net raises (``fail``) or predicts ``nan`` or ``inf``; ``interrupt``, ``skip``: as the buttons do."""
+    """At a step the U-Net raises (``fail``), predicts ``nan`` or ``inf``; or ``interrupt``, ``skip`` as the buttons."""
     armed.update(what=what, step=step)
     return {}
 

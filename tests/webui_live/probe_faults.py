@@ -7,6 +7,7 @@ import ctypes
 import gc
 import importlib
 import itertools
+import re
 import sys
 import threading
 import traceback
@@ -94,13 +95,13 @@ def free():
 
 
 def resources():
-    """Threads that are in our code, other threads than the server's own workers, and resident memory in bytes."""
+    """Threads that are in our code, those that neither server nor progress bars keep, and resident memory in bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     frames = sys._current_frames().values()
     return {
         "ours": sum(in_our_code(traceback.extract_stack(frame)) for frame in frames),
-        "threads": sorted(t.name for t in threading.enumerate() if "worker" not in t.name.lower()),
+        "threads": sorted(t.name for t in threading.enumerate() if not re.search("worker|tqdm", t.name)),
         "rss": int(Path("/proc/self/statm").read_text().split()[1]) * 4096,
     }
 

@@ -100,7 +100,7 @@ def test_expert_file_changes_after_it_was_chosen(
         "no such file": None, "truncated or not": half, "not a safetensors file": b"not a file at all",
         "truncated": b"", "it is sdxl; allowed with this base: sd1": other,
         "no Stable Diffusion U-Net": safetensors({"a": [2]}),
-        "lacks": safetensors({key: [8, 4, 1, 1] for key in (FIRST, "out.2.weight", "x.proj_in.weight")}),  # noqa: C420
+        "lacks": safetensors({key: [8, 4, 1, 1] for key in (FIRST, "out.2.weight", "x.proj_in.weight")}),
         "input channels|lacks": safetensors({FIRST: [8], "out.2.weight": [], "x.proj_in.weight": [1, 1, 1, 1]}),
     }  # fmt: skip
     for told, content in faults.items():
