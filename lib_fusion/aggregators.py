@@ -20,14 +20,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lib_fusion.checkpoint import Checkpoint
-from lib_fusion.errors import CheckpointError, FusionError
-from lib_fusion.methods.afa import AggregatorSizes
+from lib_fusion.errors import CheckpointError, FusionError, shorten
+from lib_fusion.methods.afa import AggregatorSizes, groups_of
 from lib_fusion.unet.lockstep import sizes_for
 
 FORMAT = "denoiser-fusion-aggregator"
 VERSION = 1
 #: Bytes of a hash that are kept, in hexadecimal digits.
 HASH_DIGITS = 16
+#: The most that a card may tell of, so that no file has us build what no machine holds.
+MOST = {"num_models": 16, "context_dim": 8192, "time_dim": 16384, "hidden": 4096, "layers": 64, "heads": 256}
+MOST_POINTS, MOST_CHANNELS, LONGEST_NAME = 100, 16384, 200
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,35 @@ class Card:
     @classmethod
     def from_json(cls, text: str) -> Card:
         """Raises ValueError, KeyError or TypeError for anything that ``to_json`` has not written."""
-        values = json.loads(text)
+        try:
+            values = dict(json.loads(text))
+        except RecursionError as error:
+            raise ValueError("nested too deep") from error
         if values.pop("version") != VERSION:
             raise ValueError(f"allowed: version {VERSION}")
-        sizes = values.pop("sizes")
+        sizes = dict(values.pop("sizes"))
         sizes = AggregatorSizes(**{**sizes, "channels": tuple(sizes["channels"])})
-        return cls(sizes=sizes, models=tuple(Model(**model) for model in values.pop("models")), **values)
+        card = cls(sizes=sizes, models=tuple(Model(**model) for model in values.pop("models")), **values)
+        card.check_values()
+        return card
+
+    def check_values(self) -> None:
+        """Raises ValueError where a value is of another type, or larger, than any file of ours has."""
+        limits = [(key, getattr(self.sizes, key), most) for key, most in MOST.items()]
+        limits += [("points", len(self.sizes.channels), MOST_POINTS)]
+        limits += [("channels", channels, MOST_CHANNELS) for channels in self.sizes.channels]
+        for key, value, most in limits:
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{key}: allowed: 1 to {most}")
+        groups = groups_of(self.sizes.hidden)
+        if not groups or self.sizes.hidden % groups or self.sizes.hidden % self.sizes.heads:
+            raise ValueError("hidden: allowed: 4 and more, and what heads and groups divide")
+        texts = [self.architecture, self.prediction]
+        texts += [text for model in self.models for text in (model.name, model.unet)]
+        if not all(isinstance(text, str) and len(text) <= LONGEST_NAME for text in texts):
+            raise ValueError(f"names: allowed: texts of at most {LONGEST_NAME} characters")
+        if len(self.models) != self.sizes.num_models or not isinstance(self.training, Mapping):
+            raise ValueError("models, training: not as many as num_models, or no object")
 
     def check(self, models: Sequence[Model], force: bool = False) -> None:
         """Refuses models that the file was not trained for, also those in another order; raises FusionError.
@@ -89,7 +115,7 @@ class Card:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else shorten(str(value))
 
 
 def read_card(path: str | Path) -> Card:
@@ -110,7 +136,7 @@ def load_aggregators(
         wrong = sorted(key for key in wanted.keys() | file.shapes.keys() if wanted.get(key) != file.shapes.get(key))
         raise CheckpointError(f"{path}: {len(wrong)} tensors are not those that its card tells of, such as {wrong[0]}")
     tensors = file.read("", dtype)
-    broken = [key for key, value in tensors.items() if not value.isfinite().all()]
+    broken = [key for key, value in tensors.items() if not value.is_floating_point() or not value.isfinite().all()]
     if broken:
         raise CheckpointError(f"{path}: {len(broken)} tensors hold values that are not finite, such as {broken[0]}")
     aggregators.load_state_dict(tensors, assign=True)

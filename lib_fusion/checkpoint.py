@@ -72,7 +72,7 @@ class Checkpoint:
                         value = file.get_tensor(key)
                         cast = dtype if dtype and value.is_floating_point() else value.dtype
                         tensors[key[len(prefix) :]] = value.to(cast, copy=True)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, NotImplementedError) as error:  # the last: a dtype that torch can't cast
             raise CheckpointError(f"{self.path}: can't be read ({error})") from error
         return tensors
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-#: Characters of a refused value that an error repeats.
-LONGEST_SHOWN = 120
+import reprlib
+
+#: Characters of a refused value, or of a field's name, that an error repeats; and of all that it says.
+LONGEST_SHOWN, LONGEST_MESSAGE = 120, 2000
+
+_repr = reprlib.Repr()  # of a value as it came: any length, any depth
+_repr.maxstring = _repr.maxother = 2 * LONGEST_SHOWN
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 8
+_repr.maxlevel = 4
 
 
 class FusionError(ValueError):
     """Base of all errors that are the request's or a file's fault; the message is one line for a person."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class SettingError(FusionError):
@@ -15,9 +25,17 @@ class SettingError(FusionError):
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field, self.value, self.allowed = field, value, allowed
-        shown = repr(value)
-        shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
-        super().__init__(f"{field}: {shown} is not allowed; {allowed}")
+        super().__init__(f"{shorten(field)}: {shorten(_repr.repr(value))} is not allowed; {allowed}")
+
+
+def shorten(text: str, longest: int = LONGEST_SHOWN) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def one_line(text: str) -> str:
+    """Text in one printable line: errors repeat names out of requests and files, whatever characters are in them."""
+    text = shorten(" ".join(text[: 2 * LONGEST_MESSAGE].split()), LONGEST_MESSAGE)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class CheckpointError(FusionError):

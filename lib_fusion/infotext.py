@@ -19,6 +19,8 @@ from lib_fusion.settings import (
 
 #: The checkpoint of an expert that is not there.
 NO_CHECKPOINT = ("", "None")
+#: Entries that tell what was done, and are no settings; the last is in the API's answer only, not in pictures.
+NOTES = ["Fusion U-Net calls", "Fusion U-Net rows", "Fusion seconds", "Fusion comment"]
 
 
 
@@ -119,14 +121,14 @@ def adopt_freeu(entries: Mapping[str, Any]) -> Mapping[str, Any]:
                  "skip_cutoff": "cutoff", "skip_high_end_factor": "high"}  # fmt: skip
         for n, stage in enumerate(stages, start=1):
             found |= {f"freeu_{names[name]}{n}": value for name, value in stage.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):
         return entries
     ours = {Field(row).infotext: str(found[row.key]) for row in FREEU_PARAMETERS if row.key in found}
     return {**ours, **entries}
 
 
 def infotext_keys() -> list[str]:
-    return [field.infotext for field in list_fields()] + ["Fusion U-Net calls", "Fusion U-Net rows", "Fusion seconds"]
+    return [field.infotext for field in list_fields()] + NOTES
 
 
 def _protect(text: str) -> str:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from lib_fusion.errors import SettingError
+from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.methods import freeu, snb
 from lib_fusion.settings import FREEU_AUTO, FREEU_PUBLISHED, FREEU_STAGES, FusionSettings
 from lib_fusion.skips import make_skips
 
 BASE = 0
+#: In ``watch``: what is not a model's but comes of all of them.
+AGGREGATOR = -1
 
 
 @dataclass
@@ -59,6 +61,7 @@ class FusionSession:
         kinds = self.kinds if len(self.kinds) > 1 else [*self.kinds] * self.num_models
         self.freeu = [] if self.settings.freeu == "Off" else [made[kind] for kind in kinds]
         self.levels: Sequence[float] = (1000.0, 0.0)
+        self._watched: list[tuple[Sequence[int], torch.Tensor]] = []
 
     def models_at(self, timestep: float) -> tuple[int, ...]:
         """The models that must run at this timestep, ascending.
@@ -86,6 +89,31 @@ class FusionSession:
         self.calls[model] += rows > 0
         self.rows[model] += rows
         self.skipped_rows[model] += skipped
+
+    def watch(self, models: Sequence[int], totals: torch.Tensor) -> None:
+        """Takes sums (K,) over predictions of these models, or over their features, in the order of computing.
+
+        A sum is finite only if all of its values are. Nothing waits for the device here; ``check`` does.
+        """
+        self._watched.append((models, totals))
+
+    def check(self, base: str = "the base") -> None:
+        """Raises FusionError naming the model, if any that was watched since the last call is not finite.
+
+        It waits for the device, so it is called where that is waited for anyway. ``base`` is the base's name.
+        """
+        watched, self._watched = self._watched, []
+        if not watched:
+            return
+        finite = torch.cat([totals for _, totals in watched]).isfinite().tolist()
+        models = [model for models, _ in watched for model in models]
+        if all(finite):
+            return
+        broken = models[finite.index(False)]
+        names = {AGGREGATOR: f"the aggregator {self.settings.afa_aggregator or self.settings.afa_maps}", BASE: base}
+        name = names.get(broken) or f"expert {broken} ({self.settings.experts[broken - 1].checkpoint})"
+        told = "half precision is not enough for it (--no-half helps then), or its file is broken"
+        raise FusionError(f"{name} has predicted infinite values or NaN, so the picture was not finished; {told}")
 
     def begin(self, levels: Sequence[float]) -> None:
         """Tells the noise levels of the pass, sigmas or timesteps: step i goes from ``levels[i]`` to ``levels[i + 1]``.

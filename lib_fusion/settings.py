@@ -14,6 +14,8 @@ from typing import Any
 from lib_fusion.errors import SettingError
 
 TIMESTEPS = 1000
+#: The most characters of a text, such as an expert's prompt.
+LONGEST_TEXT = 10_000
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Parameter:
         if self.kind == "window":
             return f"allowed: START:END, timesteps with {self.high:g} >= START >= END >= {self.low:g}"
         if self.kind == "text":
-            return "allowed: text"
+            return f"allowed: text of at most {LONGEST_TEXT} characters that UTF-8 has, without null"
         number = "a whole number" if self.kind == "int" else "a number"
         multiple = f" divisible by {self.multiple_of}" if self.multiple_of > 1 else ""
         limits = [f"at least {self.low:g}"] if self.low > -math.inf else []
@@ -72,8 +74,14 @@ class Parameter:
     def show(self, value: Any) -> str:
         """The value as text that ``read`` takes back."""
         if self.kind == "window":
-            return f"{value[0]:g}:{value[1]:g}"
-        return f"{value:g}" if self.kind == "float" else str(value)
+            return ":".join(map(_number, value))
+        return _number(value) if self.kind == "float" else str(value)
+
+
+def _number(value: float) -> str:
+    """The shorter of two ways to write a number, if it says the same."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _refuse(condition: bool) -> None:
@@ -106,7 +114,8 @@ def _read_choice(row: Parameter, value: Any) -> str:
 
 
 def _read_text(_: Parameter, value: Any) -> str:
-    _refuse(not isinstance(value, str))
+    _refuse(not isinstance(value, str) or len(value) > LONGEST_TEXT or "\0" in value)
+    value.encode()  # half a surrogate pair, which JSON can say, can be neither tokenised nor saved
     return value
 
 

@@ -21,7 +21,7 @@ from lib_fusion.engine.samplers import make_scheduler
 from lib_fusion.engine.steps import SamplerSteps
 from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.methods import afa
-from lib_fusion.session import FusionSession, MaskRecord
+from lib_fusion.session import AGGREGATOR, FusionSession, MaskRecord
 from lib_fusion.settings import FusionSettings, GenerationSettings
 from lib_fusion.skips import join_records
 from lib_fusion.unet.hooks import Hooks, attach_freeu
@@ -205,6 +205,11 @@ class Engine:
                         others = self._running(lockstep, [told[j] for j in models], run) if together else nullcontext()
                         with others, session.using_freeu(i, float(t)):
                             noises[i] = self._predict(self.models[i], told[i], scaled, t, alphas, run)
+                        if together:
+                            for totals in lockstep.totals:
+                                session.watch((*models, AGGREGATOR), totals)
+                        else:
+                            session.watch((i,), noises[i].sum(dtype=torch.float32)[None])
                     for j in models if together else (i,):
                         session.count(j, 2 * len(run), 2 * (len(x) - len(run)))
                     if skips is not None:
@@ -218,6 +223,7 @@ class Engine:
                 x = steps.take(noises, t, x)
                 if bar is not None:
                     bar.update()
+        session.check(f"the base ({self.models[0].path.stem})")
         return x
 
     def _running(self, lockstep: Lockstep, told: Sequence[Conditioning], pictures: list[int]) -> AbstractContextManager:

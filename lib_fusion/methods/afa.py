@@ -50,7 +50,7 @@ class Aggregator(nn.Module):
         hidden: int = 128, layers: int = 2, heads: int = 8,
     ) -> None:  # fmt: skip
         super().__init__()
-        groups = min(GROUPS, hidden // GROUP_CHANNELS)
+        groups = groups_of(hidden)
         self.conv_in = nn.Conv2d(num_models * channels, hidden, 1)
         self.res_block = TimeResBlock(hidden, time_dim, groups)
         self.transformer = SpatialTransformer(
@@ -69,7 +69,7 @@ class Aggregator(nn.Module):
         z = self.conv_in(features.flatten(1, 2))
         z = self.res_block(z, time_embedding)
         z = self.transformer(z, context)
-        maps = self.conv_out(z).softmax(dim=1)
+        maps = self.conv_out(z).softmax(dim=1, dtype=torch.promote_types(z.dtype, torch.float32)).to(features.dtype)
         return weighted_sum(features, maps), maps
 
 
@@ -87,6 +87,11 @@ class FixedAggregator(nn.Module):
         b, n, _, h, w = features.shape
         maps = self.weights.to(features).view(1, n, 1, 1).expand(b, n, h, w)
         return weighted_sum(features, maps), maps
+
+
+def groups_of(hidden: int) -> int:
+    """Groups of the normalisation at width H; 0 is too narrow."""
+    return min(GROUPS, hidden // GROUP_CHANNELS)
 
 
 def weighted_sum(features: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -44,6 +44,7 @@ class ThirdOrderEstimator:
 
     def observe(self, latent: torch.Tensor) -> bool:
         """Takes the latent after a sampler step (any shape, variance-preserving); True: reuse the noise next."""
+        latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
         if self._latent is not None:
             self._distances = [*self._distances[-2:], (latent - self._latent).abs().mean()]
         self._latent = latent

@@ -68,6 +68,8 @@ class Lockstep:
         self._embeddings: list[torch.Tensor] = []
         self._mean_embedding: torch.Tensor | None = None
         self._last: list[torch.Tensor] = []
+        #: Of the last call, for each point: sums (N + 1,) in float32 over each model's features and over the aggregate.
+        self.totals: list[torch.Tensor] = []
 
     def attach(self) -> Hooks:
         """Puts the hooks on."""
@@ -106,6 +108,7 @@ class Lockstep:
         if self._told is None:
             return
         timesteps = args[1] if len(args) > 1 else kwargs["timesteps"]
+        self.totals = []
         own_vector = args[3] if len(args) > 3 else kwargs.get("y")
         models = zip([unet, *self.experts], [own_vector, *self._told[2]], strict=True)
         embeddings = [embed(model, timesteps, vector) for model, vector in models]
@@ -138,6 +141,8 @@ class Lockstep:
         )
         if self.on_maps is not None:
             self.on_maps(index, maps)
+        sums = features.detach().sum(dim=(0, 2, 3, 4), dtype=torch.float32)
+        self.totals.append(torch.cat([sums, aggregate.detach().sum(dtype=torch.float32)[None]]))
         # In the memory layout of the base's output, by which kernels are chosen: a model alone stays what it is.
         return torch.empty_like(outputs[0]).copy_(aggregate)
 

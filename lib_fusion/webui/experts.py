@@ -6,7 +6,8 @@ Building one changes no state of the host; what it computes equals what the host
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from modules import devices, sd_disable_initialization, sd_models, sd_models_config, sd_unet, shared
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from torch import nn
 
 from lib_fusion.checkpoint import UNET_PREFIX, Checkpoint, unet_kind
-from lib_fusion.errors import CheckpointError, SettingError
+from lib_fusion.errors import CheckpointError, FusionError, SettingError
 from lib_fusion.settings import ExpertSettings
 
 #: Tensor names without prefix, and their shapes.
@@ -111,8 +113,8 @@ class ExpertCache:
         devices.torch_gc()
 
     def sizes(self) -> list[tuple[str, int]]:
-        """(name, bytes) of what is loaded."""
-        return [(expert.info.name_for_extra, expert.bytes) for expert in self._experts.values()]
+        """(name, bytes) of what is loaded. The page asks for it at any time, so of a list as it is now."""
+        return [(expert.info.name_for_extra, expert.bytes) for expert in list(self._experts.values())]
 
 
 def find_checkpoint(name: str, field: str) -> Any:
@@ -183,7 +185,7 @@ def check_fits(info: Any, setting: ExpertSettings, sd_model: nn.Module, field: s
     allowed_with = "allowed with this base" + (" and AFA" if alike else "")
     if kind != base.kind and (alike or not base.shares_latents(kind)):
         raise SettingError(checkpoint, info.name, f"it is {kind}; {allowed_with}: {base.kind}")
-    channels, base_channels = (s["input_blocks.0.0.weight"][1] for s in (shapes, base_shapes))
+    channels, base_channels = (sum(s["input_blocks.0.0.weight"][1:2]) for s in (shapes, base_shapes))
     if channels != base_channels:
         names = {4: "an ordinary", 8: "an instruct-pix2pix", 9: "an inpainting"}
         found, allowed = (f"{names.get(n, 'a')} model ({n} input channels)" for n in (channels, base_channels))
@@ -194,7 +196,11 @@ def check_fits(info: Any, setting: ExpertSettings, sd_model: nn.Module, field: s
         check_other_kind(shapes, kind, setting, base_shapes, field)
     prediction = file.prediction
     if prediction != "v":
-        prediction = prediction_of_config(config_of(info, kind, sd_model))
+        try:
+            with built_as_told(info):
+                prediction = prediction_of_config(config_of(info, kind, sd_model))
+        except CheckpointError as error:
+            raise SettingError(checkpoint, info.name, str(error)) from error
     if alike and prediction != base.prediction:
         raise SettingError(checkpoint, info.name, f"it predicts {prediction}; {allowed_with}: {base.prediction}")
     return Model(kind, prediction)
@@ -258,8 +264,15 @@ def model_of(sd_model: nn.Module) -> Model:
 
 
 def read_weights(info: Any) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors as the host names them, on the CPU, mapped rather than read."""
-    return sd_models.read_state_dict(info.filename, map_location="cpu")
+    """A checkpoint's tensors as the host names them, on the CPU, mapped rather than read; raises CheckpointError.
+
+    Only files that ``Checkpoint.open`` takes: the host's function would unpickle others.
+    """
+    Checkpoint.open(info.filename)
+    try:
+        return sd_models.read_state_dict(info.filename, map_location="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{info.name}: can't be read ({error})") from error
 
 
 def read_config(info: Any, weights: dict[str, torch.Tensor]) -> Any:
@@ -270,10 +283,14 @@ def read_config(info: Any, weights: dict[str, torch.Tensor]) -> Any:
 
 
 def load_unet(info: Any) -> nn.Module:
-    """The checkpoint's U-Net alone, in the host's class, on the host's device and in its dtype, ready to run."""
+    """The checkpoint's U-Net alone, in the host's class, on the host's device and in its dtype, ready to run.
+
+    Raises CheckpointError, also where a weight is not a finite number in that dtype.
+    """
     weights = read_weights(info)
-    params = read_config(info, weights)
-    node = params.network_config if "network_config" in params else params.unet_config
+    with built_as_told(info):
+        params = read_config(info, weights)
+        node = params.network_config if "network_config" in params else params.unet_config
     dtype = devices.dtype_unet
     # Weights of a mapped file are not aligned, and stay mapped where no cast copies them.
     own = {
@@ -281,20 +298,47 @@ def load_unet(info: Any) -> nn.Module:
         for key, value in weights.items()
         if key.startswith(UNET_PREFIX)
     }
-    with sd_disable_initialization.DisableInitialization(), sd_disable_initialization.InitializeOnMeta():
+    no_init = sd_disable_initialization.DisableInitialization(), sd_disable_initialization.InitializeOnMeta()
+    with built_as_told(info), no_init[0], no_init[1]:
         unet = sd_models.get_obj_from_str(node.target)(**OmegaConf.to_container(node.params, resolve=True))
-    try:
-        lacking, _ = unet.load_state_dict(own, strict=False, assign=True)
-    except RuntimeError as error:  # of shapes
-        told = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{info.name}: its U-Net is not as its configuration says ({told})") from error
-    if lacking:
-        raise CheckpointError(f"{info.name}: its U-Net lacks {len(lacking)} tensors, such as {lacking[0]}")
+    wanted = {key: value.shape for key, value in unet.state_dict().items()}
+    wrong = [key for key, shape in wanted.items()
+             if key not in own or own[key].shape != shape or not own[key].is_floating_point()]  # fmt: skip
+    if wrong:
+        told = f"{len(wrong)} tensors of its U-Net are not there, not numbers, or of another shape than its .yaml says"
+        raise CheckpointError(f"{info.name}: {told}, such as {wrong[0]}")
+    unet.load_state_dict({key: own[key] for key in wanted}, assign=True)
     unet.eval().requires_grad_(False)
     unet.dtype = dtype
+    check_finite(unet.to(devices.device), info.name)
     if devices.fp8:
         store_in_fp8(unet)
     return unet.to(devices.device)
+
+
+@contextmanager
+def built_as_told(info: Any) -> Iterator[None]:
+    """A .yaml beside a checkpoint can say anything; whatever the host makes of it is told with the file's name."""
+    try:
+        yield
+    except (FusionError, MemoryError):
+        raise
+    except Exception as error:
+        told = f"can't be built as its configuration says ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{info.name}: {told}") from error
+
+
+def check_finite(unet: nn.Module, name: str) -> None:
+    """Raises CheckpointError where a weight is infinite or not a number: such a model draws noise or black.
+
+    A sum shows it, and takes no second copy of the weights; it is read once for all of them.
+    """
+    totals = {key: value.sum(dtype=torch.float32) for key, value in unet.state_dict().items()}
+    finite = torch.stack(list(totals.values())).isfinite().tolist()
+    broken = [key for key, is_finite in zip(totals, finite) if not is_finite]
+    if broken:
+        told = f"{len(broken)} tensors of its U-Net hold infinite values or NaN, such as {broken[0]}"
+        raise CheckpointError(f"{name}: {told}; the file is broken, or not made for {unet.dtype}")
 
 
 def store_in_fp8(unet: nn.Module) -> None:

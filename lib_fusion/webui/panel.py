@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 # Modules, not names from them: a UI reload makes the host's UI classes anew.
-from modules import infotext_utils, paths, sd_models, shared, ui_common, ui_components
+from modules import call_queue, infotext_utils, paths, sd_models, shared, ui_common, ui_components
 
 from lib_fusion import infotext
 from lib_fusion.errors import FusionError
@@ -259,7 +259,7 @@ def build_foot(elem_id: Callable[[str], str]) -> Any:
         return runtime.describe_memory()
 
     look.click(runtime.describe_memory, outputs=[shown], show_progress=False)
-    free.click(on_free, outputs=[shown], show_progress=False)
+    free.click(call_queue.wrap_queued_call(on_free), outputs=[shown], show_progress=False)
     return compare
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lib_fusion.errors import FusionError
 from lib_fusion.webui.aggregators import AggregatorCache
 from lib_fusion.webui.experts import ExpertCache
 from lib_fusion.webui.sampling import FusionPass
@@ -22,16 +23,22 @@ class Runtime:
         self._guard("end_step", params)
 
     def drop_leftovers(self) -> None:
-        """The backstop: takes off a pass that has not ended by itself."""
-        if self.current is not None:
-            self.current.detach()
-            self.current = None
+        """The backstop: takes off a pass that has not ended by itself. One that still runs ends with an error."""
+        fusion, self.current = self.current, None
+        if fusion is not None:
+            fusion.error = FusionError("Denoiser Fusion was taken off while the picture was being made")
+            fusion.detach()
 
     def free(self) -> None:
-        self.drop_leftovers()
+        """Forgets all that is loaded; what a running pass uses goes with its end."""
         self.experts.free()
         self.texts.free()
         self.aggregators.free()
+
+    def close(self) -> None:
+        """The UI is reloaded, and this module with it."""
+        self.drop_leftovers()
+        self.free()
 
     def describe_memory(self) -> str:
         """What is loaded, for people."""

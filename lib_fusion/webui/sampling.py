@@ -19,7 +19,7 @@ from modules.sd_hijack import model_hijack
 from torch import nn
 
 from lib_fusion.errors import FusionError, SettingError
-from lib_fusion.session import BASE, FusionSession
+from lib_fusion.session import AGGREGATOR, BASE, FusionSession
 from lib_fusion.settings import FusionSettings
 from lib_fusion.unet.hooks import Hooks, attach_freeu
 from lib_fusion.unet.layout import read_layout
@@ -33,6 +33,9 @@ from lib_fusion.webui.skipping import CORRECTED, Corrector, StepSkips, leaves_ou
 #: The setting that shows where the experts won.
 PREVIEW_OPTION = "denoiser_fusion_preview"
 PLACES = ("GPU", "RAM between pictures", "RAM between U-Net calls")
+
+OUT_OF_MEMORY = ("Denoiser Fusion: the models do not fit into memory together, so the experts have been unloaded; "
+                 "Settings > Denoiser Fusion lets experts wait in RAM")  # fmt: skip
 
 #: Base model -> the experts of a pass beside it, and the context of each (None: it is told what the base is).
 Equip = Callable[[nn.Module], "tuple[list[Expert], list[Context | None]]"]
@@ -58,13 +61,14 @@ class FusionPass:
         self.place = shared.opts.data.get("denoiser_fusion_place", PLACES[0])
         self.refined = False
         self.error: Exception | None = None
+        self._begun = self._attached = False
         self._rows: Rows | None = None
         self._denoiser: Any = None
         self._sigma: torch.Tensor | None = None
         self._timestep = 0.0
         self._models: tuple[int, ...] = (BASE,)
         self._original: Callable[..., torch.Tensor] | None = None
-        self._previous: Any = None
+        self._previous = self._wrapper = None
         self._hooks: list[Hooks] = []
         self.lockstep: Lockstep | None = None
         self._skipping: StepSkips | None = None
@@ -77,7 +81,8 @@ class FusionPass:
     def attach(self) -> None:
         self._previous = self.sd_model.__dict__.get("apply_model")
         self._original = self.sd_model.apply_model
-        self.sd_model.apply_model = self.apply_model
+        self._wrapper = self.sd_model.apply_model = self.apply_model
+        self._attached = True
         if self.session.settings.method == "AFA" and self.experts:
             self.lockstep = make_lockstep(self.aggregators, self.session.settings, self.sd_model, self.experts)
             self._hooks.append(self.lockstep.attach())
@@ -95,9 +100,10 @@ class FusionPass:
     def detach(self) -> None:
         """Takes everything off; the wrapper stays inert where someone else has wrapped it since."""
         self._rows = self._skipping = None
+        self._attached = False
         while self._hooks:
             self._hooks.pop().remove()
-        if self.sd_model.__dict__.get("apply_model") == self.apply_model:
+        if self._wrapper is not None and self.sd_model.__dict__.get("apply_model") is self._wrapper:
             if self._previous is None:
                 del self.sd_model.apply_model
             else:
@@ -112,6 +118,7 @@ class FusionPass:
         self._rows = self._skipping = None
         if params.denoiser.sampler is not self.sampler:
             return
+        self._begun = True
         if shared.sd_model is not self.sd_model or self.sd_model.sd_checkpoint_info != self.checkpoint:
             if not self.session.settings.refiner:
                 self.refined = True
@@ -134,16 +141,21 @@ class FusionPass:
 
     def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The first model's raw output for the rows of this call; the others' are kept for the end of the step."""
+        if not self._attached:
+            return self._original(x, t, cond, *args, **kwargs)
         if self.error is not None:
             raise self.error
         rows = self._rows
+        if not self._begun:
+            raise FusionError("Denoiser Fusion could not act: the host, or another extension, tells of no steps")
         if rows is None or not isinstance(cond, dict):
             return self._original(x, t, cond, *args, **kwargs)
         start, stop = rows.cursor, rows.cursor + x.shape[0]
         if self.experts and stop > rows.num_all:
             raise FusionError(f"Denoiser Fusion expected {rows.num_all} rows in a step, the host has asked for {stop}")
         rows.cursor = stop
-        self._timestep = float(t.flatten()[0])
+        self._timestep = float(t.flatten()[0])  # this waits for all that was computed before
+        self.check()
         self._models = self.session.models_at(self._timestep)
         joint = self.session.in_lockstep(self._timestep)
         chosen, before = range(start, stop), self.session.rows[BASE]
@@ -153,10 +165,17 @@ class FusionPass:
             def call(x: torch.Tensor, t: torch.Tensor, cond: Any, chosen: Sequence[int], i: int = i) -> torch.Tensor:
                 with self.session.using_freeu(i, float(self._sigma[0])):
                     if joint:
-                        return self._run_together(x, t, cond, chosen, *args, **kwargs)
+                        output = self._run_together(x, t, cond, chosen, *args, **kwargs)
+                        everyone = (*self._models, AGGREGATOR)
+                        for totals in self.lockstep.totals:
+                            self.session.watch(everyone, totals)
+                        return output
                     if i == BASE:
-                        return self._original(x, t, cond, *args, **kwargs)
-                    return self._run_expert(i, x, t, cond, chosen, *args, **kwargs)
+                        output = self._original(x, t, cond, *args, **kwargs)
+                    else:
+                        output = self._run_expert(i, x, t, cond, chosen, *args, **kwargs)
+                    self.session.watch((i,), output.sum(dtype=torch.float32)[None])
+                    return output
 
             if self._skipping is not None:
                 self.session.skips.join(joint)
@@ -176,6 +195,10 @@ class FusionPass:
                 rows.raw.setdefault(i, []).append(output)
         return outputs[self._models[0]]
 
+    def check(self) -> None:
+        """Ends the pass where a model has predicted what is no number, before it goes into a picture."""
+        self.session.check(f"the base ({self.sd_model.sd_checkpoint_info.name_for_extra})")
+
     def end_step(self, params: Any) -> None:
         """The host has all rows of a step (its ``on_cfg_denoised``): writes the fused ones over them, in place."""
         rows, self._rows = self._rows, None
@@ -189,7 +212,7 @@ class FusionPass:
             return
         has_uncond = rows.cursor == rows.num_all
         x = params.x
-        change = (fused - raw[self._models[0]]) * self._scale(params.inner_model)[: rows.cursor]
+        change = (fused.float() - raw[self._models[0]].float()) * self._scale(params.inner_model)[: rows.cursor]
         x[: rows.cursor] += change.to(x.dtype)
         if not has_uncond:  # the host has put copies of each image's first row where the others would be
             for i, row in enumerate(rows.first_rows()):
@@ -218,7 +241,7 @@ class FusionPass:
         if rows.cursor == rows.num_all:
             cond, uncond = {}, {}
             for i, value in raw.items():
-                cond[i], uncond[i] = rows.combine(value * self._noise_scale(rows))
+                cond[i], uncond[i] = rows.combine(value.float() * self._noise_scale(rows))
         return self.session.fuse_rows(self._timestep, raw, owner, cond, uncond, self.guidance_scale)
 
     def _run_together(self, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], chosen: Sequence[int],
@@ -393,25 +416,36 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
     """
     began = time.perf_counter()
     try:
-        fusion = prepare(runtime, p, settings, sampler)
+        fusion = runtime.current = prepare(runtime, p, settings, sampler)
+        try:
+            fusion.attach()
+            with told_levels(sampler, fusion.session, fusion.begin_skipping):
+                samples = sample()
+            if fusion.error is not None:
+                raise fusion.error
+            fusion.check()
+        finally:
+            fusion.detach()
+            runtime.current = None  # not before: what could not be taken off is taken off at the next start
     except FusionError as error:
         raise RequestRefusedError(str(error)) from error
-    runtime.current = fusion
-    try:
-        fusion.attach()
-        with told_levels(sampler, fusion.session, fusion.begin_skipping):
-            samples = sample()
-        if fusion.error is not None:
-            raise fusion.error
-    except FusionError as error:
-        raise RequestRefusedError(str(error)) from error
-    finally:
-        runtime.current = None
-        fusion.detach()
+    except Exception as error:
+        runtime.free()  # whatever it was, the next picture has all memory, and loads anew what it needs
+        if is_out_of_memory(error):
+            raise RequestRefusedError(f"{OUT_OF_MEMORY} ({error})", status_code=500) from error
+        raise
     seconds = time.perf_counter() - began
     done = fusion.session
     record = {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "masks": done.masks}
     return samples, {**record, "rows": done.rows, "skipped_rows": done.skipped_rows}
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine has no memory left, in the words of torch's several backends."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> FusionPass:

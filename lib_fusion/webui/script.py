@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from lib_fusion.errors import FusionError
+from modules import errors
+
+from lib_fusion.errors import FusionError, one_line
 from lib_fusion.infotext import infotext_keys, write_infotext
 from lib_fusion.session import MaskRecord
 from lib_fusion.settings import COMPARE, FusionSettings
@@ -20,6 +23,8 @@ from lib_fusion.webui.runtime import runtime
 ATTRIBUTE = "_denoiser_fusion"
 #: On a request that is to be compared: what it was before the host changed it.
 KEPT = "_denoiser_fusion_kept"
+#: A request's error until it is read: the host goes on after whatever its scripts raise.
+UNREAD = FusionError("Denoiser Fusion could not read the request; the console says why")
 
 
 @dataclass
@@ -32,7 +37,7 @@ class Job:
     """
 
     settings: FusionSettings | None = None
-    error: FusionError | None = None
+    error: Exception | None = None
     names: list[str] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
@@ -56,22 +61,22 @@ class Job:
 def before(p: Any, args: Sequence[Any]) -> None:
     """Before the host changes the request: keeps it, where a comparison is asked for."""
     p.__dict__.pop(KEPT, None)
+    job = Job(error=UNREAD)
+    setattr(p, ATTRIBUTE, job)
     try:
-        asked = COMPARE.read(values_of(args).get(COMPARE.key, False))
-    except FusionError:
-        return  # told by ``begin``
-    if asked and not hasattr(p, compare.OVERRIDE):
-        setattr(p, KEPT, compare.keep_request(p))
+        if COMPARE.read(values_of(args).get(COMPARE.key, False)) and not hasattr(p, compare.OVERRIDE):
+            setattr(p, KEPT, compare.keep_request(p))
+    except Exception as error:
+        job.error = error
 
 
 def begin(p: Any, args: Sequence[Any]) -> None:
     """Reads the request and writes its infotext. Never raises: the host would go on without the effect."""
-    runtime.drop_leftovers()
-    params = p.extra_generation_params  # the cells of an XYZ plot share this dict
-    told = {key: params.pop(key) for key in infotext_keys() if key in params}
-    job, previous = Job(), getattr(p, ATTRIBUTE, None)
-    setattr(p, ATTRIBUTE, job)
+    job: Job = p.__dict__.setdefault(ATTRIBUTE, Job())
+    before, params = job.settings, p.extra_generation_params
     try:
+        runtime.drop_leftovers()
+        told = {key: params.pop(key) for key in infotext_keys() if key in params}  # an XYZ plot's cells share it
         if hasattr(p, compare.OVERRIDE):
             job.settings = getattr(p, compare.OVERRIDE)
         else:
@@ -84,9 +89,11 @@ def begin(p: Any, args: Sequence[Any]) -> None:
             ]
             job.names = [info.name for info in infos]
             params.update(write_infotext(job.settings, job.names))
-            if previous is not None and previous.settings == job.settings:
+            if before == job.settings:
                 params.update({**told, **params})  # ADetailer begins once more, between a picture and its infotext
-    except FusionError as error:
+        if job.error is UNREAD:
+            job.error = None
+    except Exception as error:
         job.error = error
 
 
@@ -95,18 +102,20 @@ def wrap_sampler(p: Any) -> None:
     job: Job | None = getattr(p, ATTRIBUTE, None)
     if job is None or (job.settings is None and job.error is None):
         return
-    is_hires = bool(getattr(p, "is_hr_pass", False))
-    if not is_hires:
-        job.begin_batch()
-    if job.settings is not None and job.settings.passes == ("first" if is_hires else "hires") and _has_pass(p, job):
-        return
     sampler = p.sampler
     original = sampler.launch_sampling
 
     def launch_sampling(steps: int, func: Any) -> Any:
         del sampler.launch_sampling
-        if job.error is not None:
+        if isinstance(job.error, FusionError):
             raise RequestRefusedError(str(job.error)) from job.error
+        if job.error is not None:
+            raise job.error
+        is_hires = bool(getattr(p, "is_hr_pass", False))
+        if not is_hires:
+            job.begin_batch()
+        if job.settings.passes == ("first" if is_hires else "hires") and _has_pass(p, job):
+            return original(steps, func)
         samples, record = sampling.launch(runtime, p, job.settings, sampler, lambda: original(steps, func))
         job.add(record)
         _tell(p, job, record)
@@ -123,9 +132,23 @@ def end(p: Any, processed: Any) -> None:
         return
     kept = getattr(p, KEPT, None)
     if kept is not None:
-        compare.add_comparison(p, processed, kept, job.settings, job.names)
+        with _told_of(processed, "comparison"):
+            compare.add_comparison(p, processed, kept, job.settings, job.names)
     if any(job.masks):
-        gallery.add_masks(p, processed, job.masks, ["base", *job.names])
+        with _told_of(processed, "preview"):
+            gallery.add_masks(p, processed, job.masks, ["base", *job.names])
+
+
+@contextmanager
+def _told_of(processed: Any, what: str) -> Iterator[None]:
+    """Pictures are there already: where something beside them can't be made or saved, they stay, and a line says so."""
+    try:
+        yield
+    except Exception as error:
+        told = f"Denoiser Fusion: the {what} could not be made ({one_line(f'{type(error).__name__}: {error}')})."
+        processed.comments += f"{told}\n"  # under the gallery
+        processed.extra_generation_params["Fusion comment"] = told  # in the API's answer
+        errors.report(told, exc_info=not isinstance(error, (FusionError, OSError)))
 
 
 def _has_pass(p: Any, job: Job) -> bool:

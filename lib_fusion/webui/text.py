@@ -21,6 +21,8 @@ from lib_fusion.webui.experts import Expert, ExpertKey, is_base, make_key, model
 
 #: How many sets of conditionings are kept: both passes of two experts.
 KEPT = 4
+#: Brackets in an expert's prompt. The host's reader of prompts takes minutes and gigabytes for some thousand.
+MOST_BRACKETS = 200
 
 
 @dataclass
@@ -129,6 +131,8 @@ def prompts_of(p: Any) -> tuple[Any, Any, int, int | None, Any]:
 
 def replace_texts(prompts: Any, text: str, field: str) -> Any:
     """The expert's own text for every picture; LoRAs can't be named in it, since the host switches them for all."""
+    if sum(map(text.count, "()[]")) > MOST_BRACKETS:
+        raise SettingError(field, text, f"allowed: at most {MOST_BRACKETS} brackets")
     plain, networks = extra_networks.parse_prompts([text])
     if networks:
         raise SettingError(field, text, "allowed: a prompt without <...>; LoRAs are named in the picture's prompt")

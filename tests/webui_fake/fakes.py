@@ -129,6 +129,10 @@ def autocast(disable=False):
     return contextlib.nullcontext()
 
 
+def report(message, *, exc_info=False):
+    pass
+
+
 #: Functions and classes whose parameters must be those of the real ``modules``.
 SIGNATURES: dict[str, Any] = {
     "modules.options:OptionInfo": OptionInfo,
@@ -155,6 +159,7 @@ SIGNATURES: dict[str, Any] = {
     "modules.lowvram:is_enabled": is_enabled,
     "modules.devices:torch_gc": torch_gc,
     "modules.devices:autocast": autocast,
+    "modules.errors:report": report,
 }
 
 #: Other names that must exist in the real ``modules``; what they hold is the host's affair.
@@ -191,7 +196,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "sd_samplers_timesteps": {"CFGDenoiserTimesteps": CFGDenoiserTimesteps},
         "sd_samplers_cfg_denoiser": {}, "sd_hijack_clip": {}, "sd_hijack_open_clip": {}, "textual_inversion": {},
         "textual_inversion.textual_inversion": {},
-        "sd_disable_initialization": {}, "sd_models_config": {}, "sd_models_xl": {}, "lowvram": {},
+        "sd_disable_initialization": {}, "sd_models_config": {}, "sd_models_xl": {}, "lowvram": {}, "errors": {},
         "extra_networks": {}, "prompt_parser": {}, "images": {}, "processing": {},
         "paths": {"models_path": "models"},
     }  # fmt: skip

@@ -100,7 +100,7 @@ def test_infotext_round_trip() -> None:
     assert FusionSettings.from_dict(read_back(parse_as_host(entries))) == settings
 
 
-@given(st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20))
+@given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=20))
 def test_any_prompt_survives_infotext(prompt: str) -> None:
     settings = FusionSettings.from_dict({"experts": [{"checkpoint": "b", "prompt": prompt}]})
     entries = infotext.write_infotext(settings, ["b"])

@@ -40,7 +40,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         touch_copy(data / "models/Stable-diffusion/general_copy.safetensors")
     probe = data / "extensions/fusion-probe/scripts"
     probe.mkdir(parents=True)
-    shutil.copy(Path(__file__).with_name("probe.py"), probe)
+    for name in ("probe.py", "probe_faults.py"):
+        shutil.copy(Path(__file__).with_name(name), probe)
     running = Host(data, "general" if "general" in demo else "tiny_a")
     yield running
     running.stop()

@@ -51,7 +51,7 @@ def fusion():
 
 
 def arm(what: str, step: int = 1):
-    """``fail``: the U-Net raises at a step; ``interrupt``, ``skip``: as the buttons do."""
+    """At a step the U-Net raises (``fail``), predicts ``nan`` or ``inf``; or ``interrupt``, ``skip`` as the buttons."""
     armed.update(what=what, step=step)
     return {}
 
@@ -167,6 +167,16 @@ def on_step(params):
         shared.state.interrupt()
     elif what == "skip":
         shared.state.skip()
+    elif what in ("nan", "inf"):
+        unet = shared.sd_model.model.diffusion_model
+
+        def spoil(_, __, output):
+            spoiling.remove()
+            output = output.clone()
+            output[(-1,) * output.dim()] = float(what)
+            return output
+
+        spoiling = unet.register_forward_hook(spoil)
     elif what == "fail":
         unet = shared.sd_model.model.diffusion_model
 
