@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from lib_fusion.settings import Parameter
 
 CLI = ("cli",)
+#: What may be other when a run goes on: it may be made longer.
+CHANGEABLE = ("steps", "save_every")
 
 CACHE_PARAMETERS: tuple[Parameter, ...] = (
     Parameter("resolution", "int", 512, "resolution",
