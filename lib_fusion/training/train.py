@@ -13,7 +13,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,10 @@ def train(
         if s.checkpointing:
             ensemble.recompute_activations()
         module = DistributedDataParallel(ensemble) if world > 1 else ensemble
-        losses = _loop(module, unets[0].prediction, Batches(cache, s), run, rank, world, tell)
+        try:
+            losses = _loop(module, unets[0].prediction, Batches(cache, s), run, rank, world, tell)
+        finally:
+            run.close()
         data = {"data": cache.index["source"], "pictures": len(cache.entries)}
         data |= {"init": Path(init).name} if init is not None else {}
         loss = {"loss": round(sum(losses[-WINDOW:]) / len(losses[-WINDOW:]), 6)}
@@ -214,15 +217,20 @@ class Run:
             for key, value in self.ema.items():
                 value.lerp_(weights[key], 1 - decay)
         if self.rank == 0:
-            self._writer.writerow([self.step, repr(loss), f"{rate:.6g}", f"{seconds:.2f}"])
-            self._log.flush()
+            try:
+                self._writer.writerow([self.step, repr(loss), f"{rate:.6g}", f"{seconds:.2f}"])
+                self._log.flush()
+            except OSError as error:
+                told = f"can't be written ({error}); the last saved state stays"
+                raise FusionError(f"{self.folder / LOG}: {told}") from error
             if self._board is not None:
                 self._board.add_scalar("loss", loss, self.step)
                 self._board.add_scalar("learning rate", rate, self.step)
 
     def close(self) -> None:
         if self.rank == 0:
-            self._log.close()
+            with suppress(OSError):  # told already where the disk is full
+                self._log.close()
             if self._board is not None:
                 self._board.close()
 
@@ -294,7 +302,6 @@ def _loop(
         tell(f"step {run.step}/{s.steps} loss {sum(recent) / len(recent):.4f} {clock(now - began)}<{clock(left)}")
         if run.step % s.save_every == 0 or run.step == s.steps:
             run.save()
-    run.close()
     return run.losses
 
 
