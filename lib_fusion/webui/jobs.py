@@ -178,7 +178,7 @@ class Jobs:
         stage, error = state.get("stage", ""), state.get("error", "")
         return Status(name, phase, stage, error, int(job.values["steps"]), saved, rows)
 
-    def log(self, name: str, lines: int = 40) -> str:
+    def log(self, name: str, lines: int = 100) -> str:
         """The end of what the process has said."""
         try:
             with (self.of(name) / LOG).open("rb") as file:
@@ -206,8 +206,9 @@ def read_losses(path: Path) -> list[tuple[int, float, float, float]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for row in list(csv.reader(file))[1:]:
-                rows.append((int(row[0]), *(float(cell) for cell in row[1:4])))
-    except (OSError, ValueError, IndexError):
+                step, loss, rate, seconds = row
+                rows.append((int(step), float(loss), float(rate), float(seconds)))
+    except (OSError, ValueError):
         pass
     return rows
 

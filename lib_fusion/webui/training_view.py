@@ -79,7 +79,7 @@ def loss_svg(rows: Sequence[tuple[int, float, float, float]]) -> str:
     for loss in losses:
         sums.append(sums[-1] + loss)
     means = [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
-    top, last = 1.05 * sorted(losses)[-1 - len(losses) // 50], rows[-1][0]
+    top, last = 1.05 * sorted(losses)[-1 - len(losses) // 50] or 1.0, rows[-1][0]  # beside the few highest
 
     def place(i: int, value: float) -> str:
         x = LEFT + (WIDTH - LEFT - 8) * i / (len(losses) - 1)
