@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 
 import torch
 from ldm.modules.diffusionmodules.util import GroupNorm32
@@ -90,6 +91,18 @@ def count(on: bool):
     return counted
 
 
+def train(values: str):
+    """Starts a training as the tab does, from the form's values as JSON; what it is refused with, or nothing."""
+    from lib_fusion.errors import FusionError
+    from lib_fusion.webui import training
+
+    try:
+        training.start(json.loads(values))
+    except FusionError as error:
+        return {"refused": str(error)}
+    return {"refused": ""}
+
+
 class ProbeEngine(sd_unet.SdUnet):
     """A U-Net engine as TensorRT's is one: the host's U-Net is not asked any more."""
 
@@ -141,7 +154,7 @@ def on_step(params):
 
 
 def add_routes(_, app):
-    handlers = (state, fusion, arm, half, signatures, count)
+    handlers = (state, fusion, arm, half, signatures, count, train)
     for name, handler in ((handler.__name__, handler) for handler in handlers):
         app.add_api_route(f"/probe/{name}", handler, methods=["GET"])
 
