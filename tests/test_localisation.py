@@ -1,4 +1,4 @@
-"""Every word of the panel has its translation."""
+"""Every word of the panel and of the training tab has its translation."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 
 from lib_fusion.infotext import list_fields
+from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
 
 ROOT = Path(__file__).parents[1]
 #: Names that stay as they are in every language.
 NAMES = {"SNB", "SD1.4", "SD1.5", "SD2.1", "SDXL", "1", "2"}
 
 
-def words_of_panel() -> set[str]:
-    """Literal labels of tabs, accordions, buttons and controls, and the settings page's, as panel.py has them."""
+def words_of(file: str) -> set[str]:
+    """Literal labels of tabs, accordions, buttons and controls, and the settings page's, as a file has them."""
     words = set()
-    for call in ast.walk(ast.parse((ROOT / "lib_fusion/webui/panel.py").read_text("utf-8"))):
+    for call in ast.walk(ast.parse((ROOT / "lib_fusion/webui" / file).read_text("utf-8"))):
         if not isinstance(call, ast.Call):
             continue
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
@@ -36,6 +37,7 @@ def test_every_label_is_translated(file: Path) -> None:
     labels = {f"{field.label} {end}" for field in list_fields() if field.width == 2 for end in ("start", "end")}
     labels |= {field.label for field in list_fields() if field.width == 1}
     choices = {choice for field in list_fields() for choice in field.row.choices if choice != "Mask"}
-    missing = (labels | choices | words_of_panel()) - set(told) - NAMES
+    labels |= {label_of(row) for row in (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)} | {"Fusion training"}
+    missing = (labels | choices | words_of("panel.py") | words_of("training_tab.py")) - set(told) - NAMES
     assert not missing
     assert all(isinstance(text, str) and text.strip() for text in told.values())

@@ -47,6 +47,11 @@ TRAINING_PARAMETERS: tuple[Parameter, ...] = (
 )  # fmt: skip
 
 
+def label_of(row: Parameter) -> str:
+    """The label of a row's control, a stable exact string: ui-config and localisation go by it."""
+    return row.label[0].upper() + row.label[1:]
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """Fields as in TRAINING_PARAMETERS."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
@@ -13,7 +12,7 @@ from modules import sd_models, ui_common, ui_components
 
 from lib_fusion.errors import FusionError
 from lib_fusion.settings import Parameter
-from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS
+from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
 from lib_fusion.webui import experts, training, training_view
 from lib_fusion.webui.jobs import EVALUATION
 
@@ -172,15 +171,6 @@ def make_control(row: Parameter) -> Any:
     if row.kind == "choice":
         return gr.Dropdown(value=row.default, choices=list(row.choices), **common)
     return gr.Number(value=row.default, **common)
-
-
-def label_of(row: Parameter) -> str:
-    """The control's label, a stable exact string: ui-config and localisation go by it."""
-    return row.label[:1].upper() + row.label[1:]
-
-
-def labels() -> Sequence[str]:
-    return [label_of(row) for row in ROWS]
 
 
 def element(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from tests.webui_live.client import Client, RefusedError
 from tests.webui_live.conftest import Names
-from tests.webui_live.host import REPOSITORY, Host
+from tests.webui_live.host import REPOSITORY, Host, NoHostError, environment, find_host
 from tests.webui_live.test_browser import SECONDS, browser, choose, open_page, page  # noqa: F401
 from tests.webui_live.test_lifecycle import reload_ui
 
@@ -107,10 +108,14 @@ def test_from_pictures_to_a_file_that_the_panel_uses(
     assert saved >= 5
     assert not (trainings.parent / "taught.safetensors").exists()
 
-    fill(page, steps=saved + 7)
+    held_out = pictures.parent / "held-out"
+    held_out.mkdir()
+    for suffix in (".webp", ".txt"):
+        shutil.copy(pictures / f"fox-flat{suffix}", held_out)
+    fill(page, steps=saved + 7, held_out=held_out)
     page.locator(f"{TAB}start").click()
     wait_for_state(page, f"taught: finished after {saved + 7} steps")
-    page.get_by_text("which flatters the aggregator").first.wait_for()
+    page.get_by_text("Measured on held-out pictures.").first.wait_for()
     assert page.locator(f"{TAB}verdict img").first.is_visible()
     page.locator(f"{TAB}evaluation .label-wrap").click()
     page.get_by_text("average of predictions").first.wait_for()
@@ -143,6 +148,20 @@ def same_as_the_engines(cache: Path, pictures: Path, names: Names) -> None:
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
     for x, y in zip(found.empty, expected.empty):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
+def test_sd2_is_encoded_as_the_host_does(tmp_path: Path) -> None:
+    """The host's classes with OpenCLIP, built without weights and loaded part by part, against its whole models."""
+    try:
+        folder, python = find_host()
+    except NoHostError as error:
+        pytest.skip(str(error))
+    command = [str(python), str(Path(__file__).with_name("encode_sd2.py")), str(tmp_path), str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["models"] == ["two_a", "two_b"]
+    assert max(found["latent"], *found["states"]) < 1e-5
 
 
 def form(pictures: Path, **changes: object) -> dict[str, Any]:
