@@ -79,7 +79,8 @@ def connect(buttons: dict[str, Any], name: Any, controls: list[Any], told: Any, 
         chosen = store.running() or (names[0] if names else "")
         return [gr.update(value=chosen, choices=names), *form(chosen), *view(chosen)]
 
-    common = {"show_progress": False}
+    # Not in the queue: its web sockets, renewed as the page looks again and again, could keep a UI reload waiting.
+    common = {"show_progress": False, "queue": False}
     buttons["start"].click(on_start, inputs=[name, *controls], outputs=[name, told, *shown], **common)
     buttons["stop"].click(on_stop, inputs=[name], outputs=[told, *shown], **common)
     buttons["look"].click(view, inputs=[name], outputs=shown, **common)

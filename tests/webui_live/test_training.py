@@ -119,6 +119,7 @@ def test_from_pictures_to_a_file_that_the_panel_uses(
     assert page.locator(f"{TAB}verdict img").first.is_visible()
     page.locator(f"{TAB}evaluation .label-wrap").click()
     page.get_by_text("average of predictions").first.wait_for()
+    page.locator(f"{TAB}evaluation .label-wrap").click()
 
     same_as_the_engines(trainings / "taught/cache", pictures, names)
     on = client.draw({"method": "AFA", "afa_aggregator": "taught"}, model=names.expert)
