@@ -70,9 +70,9 @@ def _load(config: object, file: Checkpoint, prefix: str) -> nn.Module:
 
 @contextmanager
 def _without_weights() -> Iterator[None]:
-    """Text encoders are built from their configuration alone, as the checkpoint brings their weights; and in the VAE
+    """Text encoders are built from their configuration alone: the checkpoint brings their weights.
 
-    no attention of xformers, which is not for every device.
+    And the VAE without xformers' attention, which is not for every device.
     """
     make = open_clip.create_model_and_transforms
     with (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from modules import devices, paths, sd_models_config, shared
+from omegaconf import OmegaConf
 
 from lib_fusion.checkpoint import TEXT_PREFIX, VAE_PREFIX, Checkpoint
 from lib_fusion.errors import CheckpointError, FusionError, SettingError
@@ -15,7 +16,7 @@ from lib_fusion.training.pictures import Captioned, read_pictures
 from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, TrainingSettings
 from lib_fusion.training.train import check_settings
 from lib_fusion.webui import aggregators
-from lib_fusion.webui.experts import find_checkpoint, prediction_of_config, read_weights
+from lib_fusion.webui.experts import find_checkpoint, guess_config, prediction_of_config
 from lib_fusion.webui.jobs import CACHE, EVALUATION, HELD_OUT, Job, Jobs
 from lib_fusion.webui.runtime import runtime
 
@@ -35,7 +36,8 @@ def start(values: Mapping[str, Any]) -> Job:
     store = jobs()
     job = make_job(values, store)
     store.check(job)
-    runtime.free()
+    if runtime.current is None:  # else a picture is being made with what would be freed
+        runtime.free()
     store.start(job)
     return job
 
@@ -114,7 +116,8 @@ def check_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
         for prefix, part in ((TEXT_PREFIX, "text encoder"), *([(VAE_PREFIX, "VAE")] if file is files[0] else [])):
             if not any(key.startswith(prefix) for key in file.shapes):
                 raise SettingError("models", info.name, f"no {part} ({prefix}*) in it")
-        configs.append(sd_models_config.find_checkpoint_config(read_weights(info), info))
+        near = sd_models_config.find_checkpoint_config_near_filename(info)
+        configs.append(near or guess_config(info.filename, info))
         check_prediction(info, file, configs[-1])
     if len({info.filename for info in infos}) < len(infos):
         raise SettingError("models", list(names), "one of them is there twice; allowed: different checkpoints")
@@ -125,9 +128,7 @@ def check_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check_prediction(info: Any, file: Checkpoint, config: str) -> None:
-    """Refuses a file that the host finds to predict v where nothing in it or beside it says so."""
-    from omegaconf import OmegaConf
-
+    """Refuses a file that the host finds to predict something else than it, or a .yaml beside it, says."""
     found = prediction_of_config(OmegaConf.load(config))
     if found != file.prediction:
         told = f"it predicts {found}, which neither it nor a .yaml beside it says; allowed: with such a .yaml"

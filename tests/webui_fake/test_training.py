@@ -24,13 +24,12 @@ def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def find(name: str, field: str) -> SimpleNamespace:
         return SimpleNamespace(name=name, filename=str(DEMO / name))
 
-    def config(weights: dict, info: Any) -> str:
+    def config(info: Any) -> str:
         return str(Path(info.filename).with_suffix(".yaml"))
 
     monkeypatch.setattr(training, "find_checkpoint", find)
-    monkeypatch.setattr(training, "read_weights", lambda info: {})
     monkeypatch.setattr(training, "check_prediction", lambda *_: None)
-    monkeypatch.setattr(training.sd_models_config, "find_checkpoint_config", config)
+    monkeypatch.setattr(training.sd_models_config, "find_checkpoint_config_near_filename", config)
     monkeypatch.setattr(training.paths, "models_path", str(tmp_path))
     monkeypatch.setattr(training.paths, "paths", {"Stable Diffusion": "/host/ldm"}, raising=False)
     monkeypatch.setattr(training.shared, "cmd_opts", SimpleNamespace(hide_ui_dir_config=False), raising=False)
