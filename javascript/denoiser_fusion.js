@@ -1,5 +1,4 @@
 // The panel's title says what is on, Compare presses Generate, and the memory line is renewed after each generation.
-// The training tab is renewed while a training runs.
 
 (function() {
     const PANEL = tab => `#script_${tab}_denoiser_fusion_`;
@@ -64,26 +63,7 @@
         });
     }
 
-    // The training tab shows the training that runs, or else the last, once it is opened; it is renewed while one runs.
-    function watchTraining() {
-        const element = name => gradioApp().querySelector(`#denoiser_fusion_training_${name}`);
-        let entered = 0, looked = 0;
-        setInterval(function() {
-            const state = element('state');
-            if (!state || state.offsetParent === null) return;
-            const now = Date.now();
-            if (!state.querySelector('[data-phase]') && now - entered > 10000) {
-                entered = now;
-                element('enter').click();
-            } else if (state.querySelector('[data-running="1"]') && now - looked > 1500) {
-                looked = now;
-                element('look').click();
-            }
-        }, 300);
-    }
-
     onUiLoaded(function() {
-        watchTraining();
         for (const tab of ['txt2img', 'img2img']) {
             // Presets and pasted settings change values without an event, so the title looks for itself.
             setInterval(() => showSummary(tab), 500);

@@ -1,4 +1,4 @@
-"""Every word of the panel and of the training tab has its translation."""
+"""Every word of the panel has its translation."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from pathlib import Path
 import pytest
 
 from lib_fusion.infotext import list_fields
-from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
 
 ROOT = Path(__file__).parents[1]
 #: Names that stay as they are in every language.
 NAMES = {"SNB", "SD1.4", "SD1.5", "SD2.1", "SDXL", "1", "2"}
 
 
-def words_of(file: str) -> set[str]:
-    """Literal labels of tabs, accordions, buttons and controls, and the settings page's, as a file has them."""
+def words_of_panel(name: str = "panel.py") -> set[str]:
+    """Literal labels of tabs, accordions, buttons and controls, and the settings page's, as the file has them."""
     words = set()
-    for call in ast.walk(ast.parse((ROOT / "lib_fusion/webui" / file).read_text("utf-8"))):
+    for call in ast.walk(ast.parse((ROOT / "lib_fusion/webui" / name).read_text("utf-8"))):
         if not isinstance(call, ast.Call):
             continue
-        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        if name in ("Tab", "Accordion", "Button"):
+        called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if called in ("Tab", "Accordion", "Button"):
             words |= {arg.value for arg in call.args[:1] if isinstance(arg, ast.Constant)}
-        if name == "OptionInfo":
+        if called == "OptionInfo":
             words |= {arg.value for arg in call.args[1:2] if isinstance(arg, ast.Constant)}
         words |= {k.value.value for k in call.keywords if k.arg == "label" and isinstance(k.value, ast.Constant)}
     return words
@@ -37,7 +36,14 @@ def test_every_label_is_translated(file: Path) -> None:
     labels = {f"{field.label} {end}" for field in list_fields() if field.width == 2 for end in ("start", "end")}
     labels |= {field.label for field in list_fields() if field.width == 1}
     choices = {choice for field in list_fields() for choice in field.row.choices if choice != "Mask"}
-    labels |= {label_of(row) for row in (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)} | {"Fusion training"}
-    missing = (labels | choices | words_of("panel.py") | words_of("training_tab.py")) - set(told) - NAMES
+    missing = (labels | choices | words_of_panel()) - set(told) - NAMES
     assert not missing
     assert all(isinstance(text, str) and text.strip() for text in told.values())
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "localizations").glob("*.json")), ids=lambda file: file.stem)
+def test_every_label_of_the_training_tab_is_translated(file: Path) -> None:
+    from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
+
+    labels = {label_of(row) for row in (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)} | {"Fusion training"}
+    assert not (labels | words_of_panel("training_tab.py")) - set(json.loads(file.read_text("utf-8")))

@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import json
 
 import torch
 from ldm.modules.diffusionmodules.util import GroupNorm32
@@ -91,18 +90,6 @@ def count(on: bool):
     return counted
 
 
-def train(values: str):
-    """Starts a training as the tab does, from the form's values as JSON; what it is refused with, or nothing."""
-    from lib_fusion.errors import FusionError
-    from lib_fusion.webui import training
-
-    try:
-        training.start(json.loads(values))
-    except FusionError as error:
-        return {"refused": str(error)}
-    return {"refused": ""}
-
-
 class ProbeEngine(sd_unet.SdUnet):
     """A U-Net engine as TensorRT's is one: the host's U-Net is not asked any more."""
 
@@ -154,7 +141,7 @@ def on_step(params):
 
 
 def add_routes(_, app):
-    handlers = (state, fusion, arm, half, signatures, count, train)
+    handlers = (state, fusion, arm, half, signatures, count)
     for name, handler in ((handler.__name__, handler) for handler in handlers):
         app.add_api_route(f"/probe/{name}", handler, methods=["GET"])
 
@@ -162,3 +149,20 @@ def add_routes(_, app):
 script_callbacks.on_app_started(add_routes)
 script_callbacks.on_cfg_denoiser(on_step)
 script_callbacks.on_list_unets(lambda unets: unets.append(ProbeEngineOption()))
+
+
+def train(values: str):
+    """Starts a training as the tab does, from the form's values as JSON; what it is refused with, or nothing."""
+    import json
+
+    from lib_fusion.errors import FusionError
+    from lib_fusion.webui import training
+
+    try:
+        training.start(json.loads(values))
+    except FusionError as error:
+        return {"refused": str(error)}
+    return {"refused": ""}
+
+
+script_callbacks.on_app_started(lambda _, app: app.add_api_route("/probe/train", train, methods=["GET"]))
