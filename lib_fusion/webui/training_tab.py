@@ -128,7 +128,7 @@ def build_view() -> list[Any]:
     losses = gr.HTML(elem_id=element("losses"))
     verdict = gr.HTML(elem_id=element("verdict"))
     with gr.Accordion("Evaluation", open=False, elem_id=element("evaluation")):
-        tables = gr.Markdown(elem_id=element("tables"))
+        tables = gr.Markdown(elem_id=element("tables"), elem_classes=["denoiser-fusion-tables"])
     with gr.Accordion("Log", open=False, elem_id=element("log")):
         log = gr.HTML(elem_classes=["denoiser-fusion-log"])
     return [state, losses, verdict, tables, log]
