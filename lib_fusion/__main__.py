@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -219,15 +219,21 @@ def free_path(folder: Path, name: str) -> Path:
     return path
 
 
-def run_cache(args: argparse.Namespace) -> int:
+def make_engine_encoders(args: argparse.Namespace) -> Any:
     from lib_fusion.engine.encode import EngineEncoders
     from lib_fusion.engine.loader import quiet_libraries
+
+    quiet_libraries()
+    return EngineEncoders(args.model, args.vae, read_device(args.device))
+
+
+def run_cache(args: argparse.Namespace, make_encoders: Callable[[argparse.Namespace], Any] | None = None) -> int:
+    """``make_encoders``: what encodes; the engine's where nothing else is given."""
     from lib_fusion.training.cache import write_cache
     from lib_fusion.training.train import teller
 
-    quiet_libraries()
     values = read_rows(CACHE_PARAMETERS, given_rows(args, CACHE_PARAMETERS))
-    encoders = EngineEncoders(args.model, args.vae, read_device(args.device))
+    encoders = (make_encoders or make_engine_encoders)(args)
     report = write_cache(Path(args.source), Path(args.cache), encoders, **values, tell=teller())
     print(f"{args.cache}: {report.cached} pictures, {report.new} of them new, {len(report.skipped)} skipped")
     return 0

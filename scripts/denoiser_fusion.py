@@ -2,7 +2,7 @@
 
 from modules import script_callbacks, scripts
 
-from lib_fusion.webui import api, panel, script, xyz
+from lib_fusion.webui import api, panel, script, training_tab, xyz
 from lib_fusion.webui.runtime import runtime
 
 
@@ -36,5 +36,6 @@ script_callbacks.on_cfg_denoiser(runtime.begin_step)
 script_callbacks.on_cfg_denoised(runtime.end_step)
 script_callbacks.on_before_ui(xyz.add_axes)
 script_callbacks.on_app_started(api.add_routes)
+script_callbacks.on_ui_tabs(training_tab.build)
 script_callbacks.on_ui_settings(panel.add_options)
 script_callbacks.on_script_unloaded(runtime.close)

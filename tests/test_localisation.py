@@ -15,16 +15,16 @@ ROOT = Path(__file__).parents[1]
 NAMES = {"SNB", "SD1.4", "SD1.5", "SD2.1", "SDXL", "1", "2"}
 
 
-def words_of_panel() -> set[str]:
-    """Literal labels of tabs, accordions, buttons and controls, and the settings page's, as panel.py has them."""
+def words_of_panel(name: str = "panel.py") -> set[str]:
+    """Literal labels of tabs, accordions, buttons and controls, and the settings page's, as the file has them."""
     words = set()
-    for call in ast.walk(ast.parse((ROOT / "lib_fusion/webui/panel.py").read_text("utf-8"))):
+    for call in ast.walk(ast.parse((ROOT / "lib_fusion/webui" / name).read_text("utf-8"))):
         if not isinstance(call, ast.Call):
             continue
-        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-        if name in ("Tab", "Accordion", "Button"):
+        called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        if called in ("Tab", "Accordion", "Button"):
             words |= {arg.value for arg in call.args[:1] if isinstance(arg, ast.Constant)}
-        if name == "OptionInfo":
+        if called == "OptionInfo":
             words |= {arg.value for arg in call.args[1:2] if isinstance(arg, ast.Constant)}
         words |= {k.value.value for k in call.keywords if k.arg == "label" and isinstance(k.value, ast.Constant)}
     return words
@@ -39,3 +39,11 @@ def test_every_label_is_translated(file: Path) -> None:
     missing = (labels | choices | words_of_panel()) - set(told) - NAMES
     assert not missing
     assert all(isinstance(text, str) and text.strip() for text in told.values())
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "localizations").glob("*.json")), ids=lambda file: file.stem)
+def test_every_label_of_the_training_tab_is_translated(file: Path) -> None:
+    from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
+
+    labels = {label_of(row) for row in (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)} | {"Fusion training"}
+    assert not (labels | words_of_panel("training_tab.py")) - set(json.loads(file.read_text("utf-8")))

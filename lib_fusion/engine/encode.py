@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from lib_fusion.aggregators import part_hash
-from lib_fusion.checkpoint import TEXT_PREFIX, VAE_PREFIX, Checkpoint
 from lib_fusion.engine.loader import VAE_SCALE, check_checkpoint, load_text, load_vae
-
-
-def encoder_identity(files: Sequence[Checkpoint], vae: Checkpoint) -> dict[str, Any]:
-    """What a cache depends on; U-Nets may be trained further and still use it."""
-    return {
-        "models": [file.path.stem for file in files],
-        "texts": [part_hash(file, TEXT_PREFIX) for file in files],
-        "vae": part_hash(vae, VAE_PREFIX),
-    }
+from lib_fusion.training.cache import encoder_identity
 
 
 class EngineEncoders:

@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from lib_fusion.aggregators import part_hash
+from lib_fusion.checkpoint import TEXT_PREFIX, VAE_PREFIX, Checkpoint
 from lib_fusion.errors import FusionError
 from lib_fusion.training.pictures import Captioned, PictureError, read_pictures, to_tensor
 
@@ -35,6 +37,15 @@ class Encoders(Protocol):
 
     def encode_texts(self, texts: Sequence[str]) -> list[torch.Tensor]:
         """Each model's text states (B,T,D)."""
+
+
+def encoder_identity(files: Sequence[Checkpoint], vae: Checkpoint) -> dict[str, Any]:
+    """What a cache depends on; U-Nets may be trained further and still use it."""
+    return {
+        "models": [file.path.stem for file in files],
+        "texts": [part_hash(file, TEXT_PREFIX) for file in files],
+        "vae": part_hash(vae, VAE_PREFIX),
+    }
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib_fusion.aggregators import part_hash
 from lib_fusion.checkpoint import TEXT_PREFIX, Checkpoint
-from lib_fusion.errors import FusionError
+from lib_fusion.errors import CheckpointError, FusionError
 from lib_fusion.training.cache import Cache
 from lib_fusion.unet.layout import read_layout
 from lib_fusion.unet.lockstep import Lockstep, mean_context
@@ -60,6 +60,11 @@ def load_models(
     if len(paths) < 2:
         raise FusionError("an ensemble needs at least two models")
     unets = [load_unet(path, dtype=dtype, device=device) for path in paths]
+    for path, unet in zip(paths, unets, strict=True):
+        broken = [name for name, value in unet.named_parameters() if not value.isfinite().all()]
+        if broken:
+            told = f"{len(broken)} tensors of its U-Net hold values that are not finite, such as {broken[0]}"
+            raise CheckpointError(f"{path}: {told}")
     if len({unet.prediction for unet in unets}) > 1:
         raise FusionError(f"the models predict different things: {', '.join(unet.prediction for unet in unets)}")
     return unets

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from lib_fusion.settings import Parameter
 
 CLI = ("cli",)
+#: What may be other when a run goes on: it may be made longer.
+CHANGEABLE = ("steps", "save_every")
 
 CACHE_PARAMETERS: tuple[Parameter, ...] = (
     Parameter("resolution", "int", 512, "resolution",
@@ -43,6 +45,11 @@ TRAINING_PARAMETERS: tuple[Parameter, ...] = (
     Parameter("save_every", "int", 100, "save every", "Steps between saved states.", 1, 10**6, where=CLI),
     Parameter("seed", "int", 0, "seed", "Of the weights, the batches, the noise.", 0, 2**32 - 1, where=CLI),
 )  # fmt: skip
+
+
+def label_of(row: Parameter) -> str:
+    """The label of a row's control, a stable exact string: ui-config and localisation go by it."""
+    return row.label[0].upper() + row.label[1:]
 
 
 @dataclass(frozen=True)

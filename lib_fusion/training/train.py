@@ -13,7 +13,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,10 @@ from lib_fusion.aggregators import Card, Model, load_aggregators, model_of, save
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.training.cache import Cache
 from lib_fusion.training.ensemble import TIMESTEPS, Ensemble, add_noise, alphas_cumprod, load_models
-from lib_fusion.training.settings import TrainingSettings
+from lib_fusion.training.settings import CHANGEABLE, TrainingSettings
 from lib_fusion.unet.lockstep import sizes_for
 
 LOG, STATE = "log.csv", "state.pt"
-#: What may be other when a run goes on: it may be made longer.
-CHANGEABLE = ("steps", "save_every")
 COLUMNS = ("step", "loss", "learning_rate", "seconds")
 #: Losses that the mean told to people, and kept in the file's card, is taken over.
 WINDOW = 100
@@ -76,12 +74,9 @@ def train(
     s, out = settings, Path(out)
     if out.suffix != ".safetensors":
         raise SettingError("out", str(out), "allowed: a name that ends in .safetensors")
-    _check(s)
     device = torch.device(device)
     with _processes(device) as (rank, world):
-        if s.batch_size % (world * s.accumulate):
-            allowed = f"allowed: a multiple of {world} processes x {s.accumulate} parts"
-            raise SettingError("batch_size", s.batch_size, allowed)
+        check_settings(s, world)
         cache = Cache(folder)
         dtype = getattr(torch, s.precision)
         unets = load_models(checkpoints, cache, dtype, device)
@@ -99,7 +94,10 @@ def train(
         if s.checkpointing:
             ensemble.recompute_activations()
         module = DistributedDataParallel(ensemble) if world > 1 else ensemble
-        losses = _loop(module, unets[0].prediction, Batches(cache, s), run, rank, world, tell)
+        try:
+            losses = _loop(module, unets[0].prediction, Batches(cache, s), run, rank, world, tell)
+        finally:
+            run.close()
         data = {"data": cache.index["source"], "pictures": len(cache.entries)}
         data |= {"init": Path(init).name} if init is not None else {}
         loss = {"loss": round(sum(losses[-WINDOW:]) / len(losses[-WINDOW:]), 6)}
@@ -109,7 +107,11 @@ def train(
     return card
 
 
-def _check(s: TrainingSettings) -> None:
+def check_settings(s: TrainingSettings, world: int = 1) -> None:
+    """Raises SettingError for values that do not go together; ``world`` is the number of processes."""
+    if s.batch_size % (world * s.accumulate):
+        allowed = f"allowed: a multiple of {world} processes x {s.accumulate} parts"
+        raise SettingError("batch_size", s.batch_size, allowed)
     if s.hidden % s.heads:
         raise SettingError("heads", s.heads, f"allowed: a number that divides hidden ({s.hidden})")
     if s.hidden > 128 and s.hidden % 32:
@@ -147,7 +149,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             aggregators.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "float16")
+        self.scaler = _scaler(device, settings.precision == "float16")
         self.ema = {k: v.detach().clone() for k, v in aggregators.state_dict().items()} if settings.ema else None
         self.step, self.seconds = 0, 0.0
         fixed = {key: value for key, value in asdict(settings).items() if key not in CHANGEABLE}
@@ -215,17 +217,29 @@ class Run:
             for key, value in self.ema.items():
                 value.lerp_(weights[key], 1 - decay)
         if self.rank == 0:
-            self._writer.writerow([self.step, repr(loss), f"{rate:.6g}", f"{seconds:.2f}"])
-            self._log.flush()
+            try:
+                self._writer.writerow([self.step, repr(loss), f"{rate:.6g}", f"{seconds:.2f}"])
+                self._log.flush()
+            except OSError as error:
+                told = f"can't be written ({error}); the last saved state stays"
+                raise FusionError(f"{self.folder / LOG}: {told}") from error
             if self._board is not None:
                 self._board.add_scalar("loss", loss, self.step)
                 self._board.add_scalar("learning rate", rate, self.step)
 
     def close(self) -> None:
         if self.rank == 0:
-            self._log.close()
+            with suppress(OSError):  # told already where the disk is full
+                self._log.close()
             if self._board is not None:
                 self._board.close()
+
+
+def _scaler(device: torch.device, enabled: bool) -> Any:
+    """float16's scaler of the loss; before torch 2.3 only CUDA has one."""
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device.type, enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)
 
 
 def _tensorboard(folder: Path) -> Any:
@@ -245,7 +259,8 @@ def _loop(
     parameters = list(run.aggregators.parameters())
     schedule = alphas_cumprod().to(device)
     share = s.batch_size // (world * s.accumulate)
-    autocast = torch.autocast(device.type, getattr(torch, s.precision), enabled=s.precision != "float32")
+    is_full = s.precision == "float32"  # which torch 2.1's autocast refuses, even switched off
+    autocast = nullcontext() if is_full else torch.autocast(device.type, getattr(torch, s.precision))
     began = time.monotonic() - run.seconds
     began_here, first = time.monotonic(), run.step
     if run.step:
@@ -284,10 +299,9 @@ def _loop(
         run.note(loss, rate, now - began)
         left = (now - began_here) / (run.step - first) * (s.steps - run.step)
         recent = run.losses[-WINDOW:]
-        tell(f"step {run.step}/{s.steps} loss {sum(recent) / len(recent):.4f} {_clock(now - began)}<{_clock(left)}")
+        tell(f"step {run.step}/{s.steps} loss {sum(recent) / len(recent):.4f} {clock(now - began)}<{clock(left)}")
         if run.step % s.save_every == 0 or run.step == s.steps:
             run.save()
-    run.close()
     return run.losses
 
 
@@ -304,7 +318,8 @@ def _weights(alphas: torch.Tensor, gamma: float, prediction: str) -> torch.Tenso
     return snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Hours, where there are any, minutes and seconds, for people."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 

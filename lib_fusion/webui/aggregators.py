@@ -21,6 +21,8 @@ from lib_fusion.unet.lockstep import Lockstep, mean_context
 from lib_fusion.webui.rows import pad_alike, tokens_of, vector_of
 
 FOLDER = "denoiser-fusion"
+#: The folder therein that trainings keep their state in; no aggregator files for use.
+TRAINING = "training"
 
 
 def folder() -> Path:
@@ -30,7 +32,8 @@ def folder() -> Path:
 
 def list_aggregators() -> list[str]:
     """Names of the files there, without suffix."""
-    return sorted(path.relative_to(folder()).with_suffix("").as_posix() for path in folder().rglob("*.safetensors"))
+    files = (path.relative_to(folder()).with_suffix("") for path in folder().rglob("*.safetensors"))
+    return sorted(file.as_posix() for file in files if file.parts[0] != TRAINING)
 
 
 def find_aggregator(name: str) -> Path:

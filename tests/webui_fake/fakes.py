@@ -172,7 +172,8 @@ PRESENT = ("modules.sd_models:checkpoint_aliases", "modules.sd_models:checkpoint
            "modules.sd_models_xl:get_learned_conditioning", "modules.processing:process_images",
            "modules.processing:get_fixed_seed", "modules.images:save_image", "modules.images:image_grid",
            "modules.images:draw_grid_annotations", "modules.images:GridAnnotation",
-           "modules.images:get_font")  # fmt: skip
+           "modules.images:get_font", "modules.shared:cmd_opts.hide_ui_dir_config",
+           "modules.paths:paths", "modules.ui_components:DropdownEditable")  # fmt: skip
 
 
 def composed(states: torch.Tensor, weights: tuple[float, ...] | None = None) -> SimpleNamespace:

@@ -204,3 +204,20 @@ def add_routes(_, app):
 script_callbacks.on_app_started(add_routes)
 script_callbacks.on_cfg_denoiser(on_step)
 script_callbacks.on_list_unets(lambda unets: unets.append(ProbeEngineOption()))
+
+
+def train(values: str):
+    """Starts a training as the tab does, from the form's values as JSON; what it is refused with, or nothing."""
+    import json
+
+    from lib_fusion.errors import FusionError
+    from lib_fusion.webui import training
+
+    try:
+        training.start(json.loads(values))
+    except FusionError as error:
+        return {"refused": str(error)}
+    return {"refused": ""}
+
+
+script_callbacks.on_app_started(lambda _, app: app.add_api_route("/probe/train", train, methods=["GET"]))

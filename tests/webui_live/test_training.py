@@ -1,0 +1,210 @@
+"""The tab "Fusion training" in the real host: from a handful of pictures to a file that the panel uses."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.webui_live.client import Client, RefusedError
+from tests.webui_live.conftest import Names
+from tests.webui_live.host import REPOSITORY, Host, NoHostError, environment, find_host
+from tests.webui_live.test_browser import SECONDS, browser, choose, open_page, page  # noqa: F401
+from tests.webui_live.test_lifecycle import reload_ui
+
+TAB = "#denoiser_fusion_training_"
+SMALL = {"hidden": 8, "layers": 1, "heads": 2, "save_every": 5, "batch_size": 4}
+PICTURES = ("dog", "fox", "cow", "bus", "car", "tram")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training") / "pictures"
+    folder.mkdir()
+    for name in PICTURES:
+        shutil.copy(REPOSITORY / "demo/images" / f"{name}-flat.webp", folder)
+        (folder / f"{name}-flat.txt").write_text(f"a {name}, flat drawing")
+    return folder
+
+
+@pytest.fixture
+def trainings(host: Host) -> Iterator[Path]:
+    """The folder of the host's trainings; none is left running, and no file is left."""
+    from lib_fusion.webui.jobs import Jobs
+
+    folder = host.data / "models/denoiser-fusion/training"
+    yield folder
+    store = Jobs(folder)
+    if running := store.running():
+        store.stop(running)
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder.parent / "taught.safetensors").unlink(missing_ok=True)
+
+
+def open_tab(page: Any) -> None:  # noqa: F811
+    page.locator("#tabs > .tab-nav button", has_text="Fusion training").click()
+    page.locator(f"{TAB}state [data-phase]").first.wait_for()
+
+
+def fill(page: Any, **values: object) -> None:  # noqa: F811
+    for key, value in values.items():
+        page.locator(f"{TAB}{key} input, {TAB}{key} textarea").first.fill(str(value))
+    page.locator(f"{TAB}source textarea").click()
+
+
+def name_it(page: Any, name: str) -> None:  # noqa: F811
+    box = page.locator(f"{TAB}name input").first
+    box.fill(name)
+    box.press("Enter")
+
+
+def wait_for_state(page: Any, part: str) -> str:  # noqa: F811
+    """Until the line about the training matches; returns it."""
+    page.wait_for_function(
+        "([element, part]) => new RegExp(part).test(document.querySelector(element).innerText)",
+        arg=[f"{TAB}state", part], timeout=90 * SECONDS,
+    )  # fmt: skip
+    return page.locator(f"{TAB}state").first.inner_text()
+
+
+def step_of(line: str) -> int:
+    return int(line.partition("step ")[2].split()[0].rstrip("."))
+
+
+def test_from_pictures_to_a_file_that_the_panel_uses(
+    page: Any, client: Client, host: Host, names: Names, pictures: Path, trainings: Path  # noqa: F811
+) -> None:
+    """Started, the page loaded and the UI built anew while it runs, stopped, gone on with, evaluated, used."""
+    client.draw(model=names.expert)
+    open_tab(page)
+    name_it(page, "taught")
+    fill(page, source=pictures)
+    page.locator(f"{TAB}start").click()
+    page.get_by_text("models: [] is not allowed; allowed: 2 to 4 checkpoints").wait_for()
+    for name in (names.expert, names.other):
+        choose(page, f"{TAB}models", f"{name}.safetensors")
+    page.locator(f"{TAB}source textarea").click()  # closes the list
+    page.locator(f"{TAB}more .label-wrap").click()
+    fill(page, resolution=64, steps=2000, learning_rate=0.003, **SMALL)
+    page.locator(f"{TAB}start").click()
+    wait_for_state(page, r"step \d+ of 2000, loss 0\.\d+, \S+ left")
+
+    reload_ui(client, host)
+    page.reload()
+    open_tab(page)
+    line = wait_for_state(page, r"taught: step [1-9]\d+ of 2000")
+    assert page.locator(f"{TAB}hidden input").input_value() == "8"
+    assert page.locator(f"{TAB}source textarea").input_value() == str(pictures)
+    page.locator(f"{TAB}losses svg .mean").first.wait_for()
+    page.locator(f"{TAB}stop").click()
+    line = wait_for_state(page, r"taught: stopped while training, at step \d+ of 2000. Start goes on from step \d+")
+    saved = step_of(line.partition("goes on from ")[2])
+    assert saved >= 5
+    assert not (trainings.parent / "taught.safetensors").exists()
+
+    held_out = pictures.parent / "held-out"
+    held_out.mkdir()
+    for suffix in (".webp", ".txt"):
+        shutil.copy(pictures / f"fox-flat{suffix}", held_out)
+    fill(page, steps=saved + 7, held_out=held_out)
+    page.locator(f"{TAB}start").click()
+    wait_for_state(page, f"taught: finished after {saved + 7} steps")
+    page.get_by_text("Measured on held-out pictures.").first.wait_for()
+    assert page.locator(f"{TAB}verdict img").first.is_visible()
+    page.locator(f"{TAB}evaluation .label-wrap").click()
+    page.get_by_text("average of predictions").first.wait_for()
+    page.locator(f"{TAB}evaluation .label-wrap").click()
+
+    same_as_the_engines(trainings / "taught/cache", pictures, names)
+    on = client.draw({"method": "AFA", "afa_aggregator": "taught"}, model=names.expert)
+    assert on.params["Fusion expert 1 checkpoint"] == f"{names.other}.safetensors"
+    assert not on.same_as(client.draw(model=names.expert))
+    with pytest.raises(RefusedError, match=r"no such aggregator; allowed: taught$"):
+        client.draw({"method": "AFA", "afa_aggregator": "taught/cache/shard-00000"}, model=names.expert)
+
+
+def same_as_the_engines(cache: Path, pictures: Path, names: Names) -> None:
+    """What the host's classes have encoded is what the engine's encode, up to the float16 that a cache holds."""
+    if not (REPOSITORY / "demo" / f"{names.expert}.safetensors").is_file():
+        return
+    import torch
+
+    from lib_fusion.engine.encode import EngineEncoders
+    from lib_fusion.training.cache import Cache, write_cache
+
+    encoders = EngineEncoders([REPOSITORY / "demo" / f"{name}.safetensors" for name in (names.expert, names.other)])
+    write_cache(pictures, cache.parent / "engine", encoders, 64)
+    found, expected = Cache(cache), Cache(cache.parent / "engine")
+    assert found.index == expected.index
+    assert len(found.entries) == len(PICTURES)
+    for a, b in zip(found.entries, expected.entries):
+        assert (a.name, a.caption) == (b.name, b.caption)
+        for x, y in zip((found.read(a)[0], *found.read(a)[1]), (expected.read(b)[0], *expected.read(b)[1])):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+    for x, y in zip(found.empty, expected.empty):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
+def test_sd2_is_encoded_as_the_host_does(tmp_path: Path) -> None:
+    """The host's classes with OpenCLIP, built without weights and loaded part by part, against its whole models."""
+    try:
+        folder, python = find_host()
+    except NoHostError as error:
+        pytest.skip(str(error))
+    command = [str(python), str(Path(__file__).with_name("encode_sd2.py")), str(tmp_path), str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["models"] == ["two_a", "two_b"]
+    assert max(found["latent"], *found["states"]) < 1e-5
+
+
+def form(pictures: Path, **changes: object) -> dict[str, Any]:
+    from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS
+
+    rows = {row.key: row.default for row in (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)}
+    models = ["tiny_a.safetensors", "tiny_b.safetensors"]
+    return {"name": "refused", "source": str(pictures), "held_out": "", "models": models, **rows, **SMALL, **changes}
+
+
+def models(*names: str) -> dict[str, list[str]]:
+    return {"models": [f"{name}.safetensors" for name in names]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"name": "../x"}, "name: '../x' is not allowed; allowed: up to 60 letters"),
+        ({"source": ""}, "source: '' is not allowed; allowed: a folder of captioned pictures"),
+        ({"source": "/nowhere"}, "source: .*no folder of pictures and no .tar"),
+        ({"source": str(REPOSITORY / "docs")}, "source: .*neither metadata.jsonl nor a .txt"),
+        ({"held_out": str(REPOSITORY / "docs")}, "held_out: .*neither metadata.jsonl nor a .txt"),
+        (models("tiny_a"), "models: .*allowed: 2 to 4 checkpoints, the base first"),
+        (models("tiny_a", "nobody"), "models: 'nobody.safetensors' is not allowed; no such checkpoint"),
+        (models("tiny_a", "tiny_a"), "models: .*there twice"),
+        (models("tiny_xl", "tiny_xl_b"), "models: 'tiny_xl.safetensors' .*it is sdxl; allowed: sd1, sd2"),
+        (models("tiny_inpaint", "tiny_inpaint_copy"), "it is for inpainting or editing"),
+        (models("tiny_a", "tiny_inpaint"), "its U-Net is of another kind or size"),
+        (models("tiny_a", "tiny_v"), "they predict different things"),
+        (models("tiny_a", "tiny_unet"), r"no text encoder \(cond_stage_model.\*\)"),
+        ({"steps": 0}, "steps: 0 is not allowed; allowed: a whole number at least 1"),
+        ({"learning_rate": None}, "learning_rate: None is not allowed; allowed: a number"),
+        ({"resolution": 100}, "resolution: 100 is not allowed; allowed: a whole number divisible by 8"),
+        ({"heads": 3}, r"heads: 3 is not allowed; allowed: a number that divides hidden \(8\)"),
+        ({"accumulate": 3}, "batch_size: 4 is not allowed"),
+        ({"precision": "float16"}, "precision: 'float16' is not allowed; allowed on the CPU"),
+    ],
+)  # fmt: skip
+def test_refused_before_anything_starts(
+    client: Client, pictures: Path, trainings: Path, changes: dict, says: str
+) -> None:
+    told = client.ask("/probe/train", values=json.dumps(form(pictures, **changes)))["refused"]
+    assert "\n" not in told
+    assert re.search(says, told), told
+    assert not trainings.exists()
