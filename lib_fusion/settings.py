@@ -280,6 +280,22 @@ AFA_PARAMETERS: tuple[Parameter, ...] = (
 )  # fmt: skip
 PARAMETERS += AFA_PARAMETERS
 
+#: Pictures about a picture, and what they show. Each is a setting of the WebUI and a word after ``--previews``.
+PREVIEWS: dict[str, str] = {
+    "masks": "SNB and mask: which model drew what, at four steps",
+    "skips": "skipping: which steps ran which model, with the estimated error and its limit",
+    "weights": "AFA: each model's mean weight, by block and by step",
+    "maps": "AFA: the attention maps of some blocks at some steps",
+}
+#: Rows of the preview "maps".
+MAP_PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("map_blocks", "text", "", "blocks of the attention maps",
+              "The U-Net's blocks whose maps are shown, such as input_blocks.4 middle_block out; empty: four of them.",
+              where=("cli",)),
+    Parameter("map_timesteps", "text", "1000 700 400 100", "timesteps of the attention maps",
+              "A map is shown at the first step at or below each of these timesteps.", where=("cli",)),
+)  # fmt: skip
+
 
 #: Rows of a generation with the embedded engine; in the WebUI they are the host's own.
 GENERATION_PARAMETERS: tuple[Parameter, ...] = (

@@ -23,7 +23,9 @@ from lib_fusion.settings import (
     FREEU_PUBLISHED,
     FREEU_PUBLISHED_ROWS,
     FREEU_STAGES,
+    MAP_PARAMETERS,
     MAX_EXPERTS,
+    PREVIEWS,
     SKIP_PRESETS,
 )
 from lib_fusion.webui import aggregators, experts, presets, request
@@ -32,6 +34,13 @@ from lib_fusion.webui.sampling import PLACES, PREVIEW_OPTION
 
 #: The setting by which pasted settings switch the panel.
 PASTE_OPTION = "denoiser_fusion_paste_switches"
+#: The settings page's names of the previews.
+PREVIEW_LABELS = {
+    "masks": "Show after each picture which model drew what (SNB)",
+    "skips": "Show after each picture which steps were skipped",
+    "weights": "Show after each picture how AFA weighed the models",
+    "maps": "Show after each picture some of AFA's attention maps",
+}
 #: The amounts of skipping, for people.
 SKIP_WORDS = {
     "Faithful": "Hardly any difference to be seen; up to half of the U-Net's work is spared",
@@ -200,7 +209,7 @@ def build_skipping(place: Callable[..., None], controls: dict[str, list[Any]], e
 
 def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
     """Apply, save, delete and refresh; whatever goes wrong is told in a line under the list."""
-    store = presets.Presets(Path(paths.data_path) / "denoiser-fusion-presets.json")
+    store = presets.Presets(Path(paths.data_path) / presets.FILE)
     with gr.Row(elem_classes=["denoiser-fusion-row"]):
         chosen = ui_components.DropdownEditable(
             label="Fusion preset", choices=names_of(store), value="", elem_id=elem_id("preset"),
@@ -331,7 +340,7 @@ def tool(sign: str, tooltip: str, element: str) -> Any:
 
 
 def add_options() -> None:
-    """The settings page: how many experts are kept, and where."""
+    """The settings page: how many experts are kept, and where; what pasting does; the previews."""
     section = ("denoiser_fusion", "Denoiser Fusion")
     cache = shared.OptionInfo(
         1, "Experts kept in memory between generations", gr.Slider, {"minimum": 0, "maximum": 8, "step": 1},
@@ -340,13 +349,16 @@ def add_options() -> None:
     place = shared.OptionInfo(
         PLACES[0], "Where an expert waits", gr.Radio, {"choices": list(PLACES)}, section=section
     ).info("RAM spares GPU memory and costs time")
-    preview = shared.OptionInfo(
-        False, "Show after each picture which model drew what (SNB)", gr.Checkbox, section=section
-    ).info("a strip of the saliency masks at four steps, saved beside the picture")
     paste = shared.OptionInfo(
         True, "Pasting a fused picture's settings switches the panel on", gr.Checkbox, section=section
     ).info("and those of a picture made without fusion switch it off")
     shared.opts.add_option("denoiser_fusion_cache", cache)
     shared.opts.add_option("denoiser_fusion_place", place)
-    shared.opts.add_option(PREVIEW_OPTION, preview)
     shared.opts.add_option(PASTE_OPTION, paste)
+    for kind, label in PREVIEW_LABELS.items():
+        shared.opts.add_option(PREVIEW_OPTION + kind, shared.OptionInfo(False, label, section=section).info(
+            f"{PREVIEWS[kind]}; saved beside the picture"))  # fmt: skip
+    for row in MAP_PARAMETERS:
+        label = f"Attention maps: {row.key.removeprefix('map_')}"
+        shared.opts.add_option(PREVIEW_OPTION + row.key,
+                               shared.OptionInfo(row.default, label, section=section).info(row.help))  # fmt: skip

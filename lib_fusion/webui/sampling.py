@@ -19,8 +19,9 @@ from modules.sd_hijack import model_hijack
 from torch import nn
 
 from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.records import Keep
 from lib_fusion.session import BASE, FusionSession
-from lib_fusion.settings import FusionSettings
+from lib_fusion.settings import MAP_PARAMETERS, PREVIEWS, FusionSettings
 from lib_fusion.unet.hooks import Hooks, attach_freeu
 from lib_fusion.unet.layout import read_layout
 from lib_fusion.unet.lockstep import Lockstep
@@ -30,8 +31,8 @@ from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.rows import Context, Rows, put_context, strip_marker, weights_of
 from lib_fusion.webui.skipping import CORRECTED, Corrector, StepSkips, leaves_out_uncond
 
-#: The setting that shows where the experts won.
-PREVIEW_OPTION = "denoiser_fusion_preview"
+#: Settings of the previews: this and a name in PREVIEWS or a key of MAP_PARAMETERS.
+PREVIEW_OPTION = "denoiser_fusion_preview_"
 PLACES = ("GPU", "RAM between pictures", "RAM between U-Net calls")
 
 #: Base model -> the experts of a pass beside it, and the context of each (None: it is told what the base is).
@@ -48,7 +49,7 @@ class FusionPass:
     def __init__(self, settings: FusionSettings, equip: Equip, sampler: Any, sd_model: nn.Module,
                  aggregators: AggregatorCache | None = None, is_hires: bool = False) -> None:  # fmt: skip
         kind = "sd1" if settings.freeu == "Off" else kind_of(sd_model)
-        self.session = FusionSession(settings, keep_masks=bool(shared.opts.data.get(PREVIEW_OPTION, False)), kind=kind)
+        self.session = FusionSession(settings, keep=wanted_records(), kind=kind)
         if settings.skip_passes == ("first" if is_hires else "hires"):
             self.session.skips = None
         self.equip, self.sampler, self.aggregators = equip, sampler, aggregators
@@ -79,6 +80,7 @@ class FusionPass:
         self.sd_model.apply_model = self.apply_model
         if self.session.settings.method == "AFA" and self.experts:
             self.lockstep = make_lockstep(self.aggregators, self.session.settings, self.sd_model, self.experts)
+            self.session.watch_afa(self.lockstep)
             self._lockstep_hooks = self.lockstep.attach()
         if self.session.freeu is not None:
             unets = [self.sd_model.model.diffusion_model, *(e.unet for e in self.experts if e.unet is not None)]
@@ -223,6 +225,9 @@ class FusionPass:
         conds = [strip_marker(cond), *(self._told(i, cond, chosen) for i in self._models[1:])]
         own_empty = self.sd_model.cond_stage_model_empty_prompt
         empties = [own_empty, *(own_empty if context is None else context.told.empty for context in self.contexts)]
+        if self.session.watch is not None:
+            owners = self._rows.owners(torch.device("cpu")).tolist()
+            self.session.begin_call(self._timestep, [owners[row] for row in chosen])
         with (
             moved([e.unet for e in self.experts] if self.place == PLACES[2] else []),
             together(self.lockstep, conds, empties),
@@ -272,6 +277,13 @@ class FusionPass:
         else:
             scale = (sigma**2 + 1).rsqrt()
         return scale[:, None, None, None]
+
+
+def wanted_records() -> Keep:
+    """What the settings want to be shown of a pass; raises SettingError."""
+    values = shared.opts.data
+    rows = {row.key: values.get(PREVIEW_OPTION + row.key, row.default) for row in MAP_PARAMETERS}
+    return Keep.read([kind for kind in PREVIEWS if values.get(PREVIEW_OPTION + kind, False)], rows)
 
 
 def share_of(model: int, picture: int, models: tuple[int, ...], winner: torch.Tensor | None) -> torch.Tensor | float:
@@ -385,7 +397,7 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
         fusion.detach()
     seconds = time.perf_counter() - began
     done = fusion.session
-    record = {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "masks": done.masks}
+    record = {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "records": done.records}
     return samples, {**record, "rows": done.rows, "skipped_rows": done.skipped_rows}
 
 
