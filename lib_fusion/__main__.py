@@ -16,6 +16,7 @@ from lib_fusion.settings import (
     GENERATION_PARAMETERS,
     MAP_PARAMETERS,
     PARAMETERS,
+    PREVIEW_PARAMETERS,
     PREVIEWS,
     TIMESTEPS,
     FusionSettings,
@@ -62,7 +63,7 @@ def build_parser() -> OneLineParser:
                               default=[], metavar="VALUE", help=f"{row.help} ({row.allowed})")
     generate.add_argument("--mask", metavar="FILE", help="for --method mask: a picture, white where the expert is used")
     generate.add_argument("--out", default="outputs", metavar="FOLDER", help="where pictures go (default: outputs)")
-    told = "; ".join(f"{name} ({text})" for name, text in PREVIEWS.items())
+    told = "; ".join(f"{row.key} ({row.help})" for row in PREVIEW_PARAMETERS)
     generate.add_argument("--previews", nargs="*", metavar="KIND", help=f"save beside each picture: {told}; "
                           "without a word all that there is")  # fmt: skip
     add_rows(generate, MAP_PARAMETERS)

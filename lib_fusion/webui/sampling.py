@@ -282,8 +282,9 @@ class FusionPass:
 def wanted_records() -> Keep:
     """What the settings want to be shown of a pass; raises SettingError."""
     values = shared.opts.data
-    rows = {row.key: values.get(PREVIEW_OPTION + row.key, row.default) for row in MAP_PARAMETERS}
-    return Keep.read([kind for kind in PREVIEWS if values.get(PREVIEW_OPTION + kind, False)], rows)
+    kinds = [kind for kind in PREVIEWS if values.get(PREVIEW_OPTION + kind, False)]
+    rows = MAP_PARAMETERS if "maps" in kinds else ()
+    return Keep.read(kinds, {row.key: values.get(PREVIEW_OPTION + row.key, row.default) for row in rows})
 
 
 def share_of(model: int, picture: int, models: tuple[int, ...], winner: torch.Tensor | None) -> torch.Tensor | float:
