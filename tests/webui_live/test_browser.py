@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def set_number(page: Any, element: str, value: int) -> None:
     box.dispatch_event("change")
 
 
-def choose(page: Any, element: str, option: str) -> None:
+def choose(page: Any, element: str, option: str | re.Pattern) -> None:
     page.locator(f"{element} input").first.click()
     page.locator(f"{element} ul li", has_text=option).first.click()
 
@@ -202,7 +203,7 @@ def test_three_by_three(page: Any, client: Client, names: Names) -> None:
     client.draw(model=names.base)
     prepare(page, PICTURE["prompt"], steps=8)
     page.locator("#txt2img_neg_prompt textarea").fill(PICTURE["negative_prompt"])
-    choose(page, "#txt2img_sampling", "Euler")
+    choose(page, "#txt2img_sampling", re.compile(r"Euler\s*$"))
     set_number(page, "#txt2img_cfg_scale", PICTURE["cfg_scale"])
     enable(page, names.expert)
     panel, plot = PANEL.format(tab="txt2img"), "#script_txt2img_xyz_plot"
@@ -219,9 +220,7 @@ def test_three_by_three(page: Any, client: Client, names: Names) -> None:
     choose(page, f"{plot}_y_type", "[Fusion] Skip tolerance")
     page.locator(f"{plot}_y_values textarea").fill("0, 0.15, 10")
     page.locator(f"{plot}_include_lone_images input").check()
-    text = generate(page)
-    assert "X Type: [Fusion] Method" in text
-    assert "Y Values: " in text
+    generate(page)
     page.wait_for_function(f"{SHOWN} == 10")
     sources = page.evaluate("[...new Set([...document.querySelectorAll('#txt2img_gallery img')].map(i => i.src))]")
     images = [Image.open(io.BytesIO(page.request.get(source).body())) for source in sources[-9:]]
@@ -243,7 +242,7 @@ CHOICES = [
     ("FreeU", "", "", ["freeu"], ["freeu_version", "freeu_custom", "freeu_start", "freeu_models"]),
     ("FreeU", "freeu", "SD1.5", ["freeu_version", "freeu_start", "freeu_models"], ["freeu_custom"]),
     ("FreeU", "freeu", "Custom", ["freeu_b1", "freeu_custom"], []),
-    ("Skipping", "", "", ["skipping", "skip_faithful"], ["skip_tolerance", "skip_threshold", "skip_max", "skip_passes"]),
+    ("Skipping", "", "", ["skipping", "skip_faithful"], ["skip_tolerance", "skip_threshold", "skip_max"]),
     ("Skipping", "skipping", "Forecast", ["skip_tolerance", "skip_max", "skip_warmup"], ["skip_threshold"]),
     ("Skipping", "skipping", "Paper", ["skip_threshold", "skip_max"], ["skip_tolerance", "skip_warmup"]),
 ]  # fmt: skip
@@ -265,9 +264,9 @@ def test_only_what_is_of_use_is_shown(browser: Any, host: Host, client: Client, 
         elif control:
             press_radio(page, f"{panel}_{control}", choice)
         for name in shown:
-            page.locator(f"{panel}_{name}").wait_for(state="visible")
+            page.locator(f"{panel}_{name}").first.wait_for(state="visible")
         for name in hidden:
-            page.locator(f"{panel}_{name}").wait_for(state="hidden")
+            page.locator(f"{panel}_{name}").first.wait_for(state="hidden")
         assert page.evaluate(WIDER, panel) == []
     assert page.locator(f"{panel}_snb_hold input[type=number]").input_value() == "700"
     choose(page, f"{panel}_preset", "Held mask")

@@ -41,6 +41,7 @@ def plot(
         body["alwayson_scripts"] = {"Denoiser Fusion": {"args": [fusion]}}
     answer = client.ask("/sdapi/v1/txt2img", body)
     texts = json.loads(answer["info"])["infotexts"]
+    assert f"X Type: {x[0]}, X Values: " in texts[0]
     return [decode(picture) for picture in answer["images"]][1:], texts[1:]
 
 
