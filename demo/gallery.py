@@ -29,7 +29,7 @@ SCENES = ("a fox left of a tractor, flat drawing", "a bus left of a panda, gloss
 SEEDS = (0, 1)
 STEPS, CFG_SCALE, HOLD = 50, 5.0, 900.0
 #: An artist's palette keeps the files small.
-COLOURS = 192
+COLOURS = 256
 
 
 @dataclass
@@ -78,9 +78,9 @@ def over_scenes(studio: Studio, name: str, title: str, note: str, columns: dict[
 
 
 def draw_k(studio: Studio) -> None:
-    columns = {f"k expert {k:g}": {"k_expert": k} for k in (0.2, 0.5, 1, 2, 10)}
+    columns = {f"k expert {k:g}": {"k_expert": k, "snb_hold": HOLD} for k in (0.1, 0.5, 1, 2, 10)}
     over_scenes(studio, "k", "k expert: how peaked the expert's saliency map is",
-                "SNB, k general 1, a new mask at every step. Orange: the noise is the expert's.", columns)  # fmt: skip
+                "SNB, k general 1, mask hold 900. Orange: the noise is the expert's.", columns)  # fmt: skip
 
 
 def draw_window(studio: Studio) -> None:

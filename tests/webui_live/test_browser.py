@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -276,6 +277,33 @@ def test_only_what_is_of_use_is_shown(browser: Any, host: Host, client: Client, 
     page.close()
 
 
+def test_defaults_of_ones_own_are_shown_too(browser: Any, client: Client, host: Host) -> None:
+    """The host's ui-config.json knows nothing of what the page hides, and the panel may begin with other choices."""
+    file = host.data / "ui-config.json"
+    before = file.read_text("utf-8")
+    values = json.loads(before)
+    ours = {key: value for key, value in values.items() if key.startswith("customscript/denoiser_fusion.py/")}
+    assert all(value is True for key, value in ours.items() if key.endswith("/visible"))
+    changed = {f"customscript/denoiser_fusion.py/txt2img/{name}/value": choice
+               for name, choice in (("FreeU", "Custom"), ("Method", "Average"))}  # fmt: skip
+    assert set(changed) <= set(ours)
+    file.write_text(json.dumps({**values, **changed}), "utf-8")
+    try:
+        reload_ui(client, host)
+        page = open_page(browser, host, "light")
+        panel = PANEL.format(tab="txt2img")
+        page.locator(f"{panel}_enable .label-wrap").first.click()
+        open_tab(page, "FreeU")
+        page.locator(f"{panel}_freeu_b3").wait_for(state="visible")
+        open_tab(page, "Blend")
+        page.locator(f"{panel}_snb_window_start").wait_for(state="visible")
+        page.locator(f"{panel}_snb_hold").wait_for(state="hidden")
+        page.close()
+    finally:
+        file.write_text(before, "utf-8")
+        reload_ui(client, host)
+
+
 def test_by_keyboard(page: Any, client: Client, names: Names) -> None:
     """Tab reaches the folds, which open by key, and hidden controls are passed over."""
     enable(page, names.expert)
@@ -344,5 +372,7 @@ def test_in_chinese(browser: Any, client: Client, host: Host, names: Names) -> N
         wait_for_text(page, f"{panel}_snb_hold", "掩码")
         wait_for_text(page, f"{panel}_enable .denoiser-fusion-badge", f"SNB: {names.expert}")
         shoot(page, host, "zh")
+        press_radio(page, f"{panel}_method", "平均")
+        page.locator(f"{panel}_snb_hold").wait_for(state="hidden")
         page.close()
     reload_ui(client, host)
