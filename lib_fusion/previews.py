@@ -132,7 +132,8 @@ def skip_timeline(
         for i, step in enumerate(skips):
             estimate = step.get(model, ("", None))[1]
             if estimate is not None:
-                x, y, r = left + i * cell + cell // 2 - 1, at(estimate), max(2, size // 6)
+                x, y = left + i * cell + cell // 2 - 1, at(estimate)
+                r = max(2, size // 6) + len(models) - 1 - model  # dots of several models show on one another
                 draw.ellipse((x - r, y - r, x + r, y + r), fill=MODEL_COLOURS[model])
     for i in _ticks(len(skips)):
         draw.text((left + (i - 1) * cell, top + height + 4), str(i), font=letters, fill=_INK)
