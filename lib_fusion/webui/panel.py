@@ -139,14 +139,10 @@ def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_i
     chosen = [controls[f"expert{i + 1}_checkpoint"][0] for i in range(MAX_EXPERTS)]
 
     def on_choice(name: str) -> list[Any]:
-        if not name:
-            return [gr.update()] * (1 + MAX_EXPERTS)
         try:
-            names = aggregators.experts_of(aggregators.card_of(name))
+            return [gr.update(value=value) for value in aggregators.implied_by(name).values()]
         except FusionError:
             return [gr.update()] * (1 + MAX_EXPERTS)
-        names += [infotext.NO_CHECKPOINT[1]] * (MAX_EXPERTS - len(names))
-        return [gr.update(value="AFA"), *(gr.update(value=value) for value in names[:MAX_EXPERTS])]
 
     def on_change(name: str) -> str:
         try:

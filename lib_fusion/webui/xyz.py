@@ -11,7 +11,7 @@ from modules import paths
 
 from lib_fusion import infotext
 from lib_fusion.infotext import Field
-from lib_fusion.settings import ENABLED, MAX_EXPERTS, Parameter
+from lib_fusion.settings import ENABLED, Parameter
 from lib_fusion.webui import aggregators, experts, presets, request
 
 #: What an axis sets on a cell's request; always a new dict, since cells are shallow copies of one request.
@@ -57,7 +57,7 @@ def make_axis(plot: Any, field: Field) -> Any:
 
     def apply(p: Any, value: Any, _values: Any) -> None:
         value = round(value, 8) if isinstance(value, float) else value  # as in the cell's label
-        set_values(p, {field.element: value}, implied_by(value) if row.key == "afa_aggregator" else None)
+        set_values(p, {field.element: value}, aggregators.implied_by(value) if row.key == "afa_aggregator" else None)
 
     def confirm(_p: Any, values: list[Any]) -> None:
         for value in values:
@@ -65,7 +65,7 @@ def make_axis(plot: Any, field: Field) -> Any:
             if row.key == "checkpoint" and value not in infotext.NO_CHECKPOINT:
                 experts.find_checkpoint(value, field.label)
             if row.key == "afa_aggregator":
-                implied_by(value)
+                aggregators.implied_by(value)
 
     kinds = {"int": int, "float": float}
     return plot.AxisOption(
@@ -98,13 +98,6 @@ def read_numbers(plot: Any, field: Field) -> Callable[[str], list[str]]:
         return parts
 
     return prepare
-
-
-def implied_by(aggregator: str) -> dict[str, Any]:
-    """What choosing a file chooses, too, as in the panel: the method, and the experts; raises SettingError."""
-    names = aggregators.experts_of(aggregators.card_of(aggregator))
-    names += [infotext.NO_CHECKPOINT[1]] * (MAX_EXPERTS - len(names))
-    return {"method": "AFA", **{f"expert{i + 1}_checkpoint": name for i, name in enumerate(names[:MAX_EXPERTS])}}
 
 
 def make_preset_axis(plot: Any) -> Any:
