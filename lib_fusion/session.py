@@ -49,7 +49,7 @@ class FusionSession:
         self._held_models: tuple[int, ...] | None = None
         self.last_winner: torch.Tensor | None = None
         self.skips = self._make_skips()
-        self.watch: AfaWatch | None = None
+        self.afa_watch: AfaWatch | None = None
         self.freeu = make_freeu(self.settings, self.kind)
         self.levels: Sequence[float] = (1000.0, 0.0)
 
@@ -119,13 +119,13 @@ class FusionSession:
     def watch_afa(self, lockstep: Lockstep) -> None:
         """Keeps what the aggregators of a lockstep give, if that is wanted; raises SettingError for unknown blocks."""
         if self.keep.afa:
-            self.watch = AfaWatch(self.records, self.keep, point_names(lockstep.unet))
-            lockstep.on_maps = self.watch.take
+            self.afa_watch = AfaWatch(self.records, self.keep, point_names(lockstep.unet))
+            lockstep.on_maps = self.afa_watch.take
 
     def begin_call(self, timestep: float, owners: Sequence[int]) -> None:
         """Before a call of the models in lockstep; ``owners``: the picture of each row."""
-        if self.watch is not None:
-            self.watch.begin(timestep, owners)
+        if self.afa_watch is not None:
+            self.afa_watch.begin(timestep, owners)
 
     def fuse(
         self,

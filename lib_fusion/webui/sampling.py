@@ -225,7 +225,7 @@ class FusionPass:
         conds = [strip_marker(cond), *(self._told(i, cond, chosen) for i in self._models[1:])]
         own_empty = self.sd_model.cond_stage_model_empty_prompt
         empties = [own_empty, *(own_empty if context is None else context.told.empty for context in self.contexts)]
-        if self.session.watch is not None:
+        if self.session.afa_watch is not None:
             owners = self._rows.owners(torch.device("cpu")).tolist()
             self.session.begin_call(self._timestep, [owners[row] for row in chosen])
         with (
