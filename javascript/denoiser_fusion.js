@@ -1,6 +1,9 @@
-// The panel's title says what is on, Compare presses Generate, and the memory line is renewed after each generation.
+// The panel's title says what is on, controls of what is not chosen are hidden, Compare presses Generate, and the memory
+// line is renewed after each generation.
 
 (function() {
+    // The controls on whose choices others depend, by the classes that panel.py gives these.
+    const CHOOSERS = ['method', 'afa_maps', 'freeu', 'skipping'];
     const PANEL = tab => `#script_${tab}_denoiser_fusion_`;
 
     function find(tab, element) {
@@ -42,6 +45,31 @@
         if (badge.textContent !== text) badge.textContent = text;
     }
 
+    // Shows what is of use with the choices made. Only looks are touched: hidden controls keep their values.
+    function showChosen(tab) {
+        const panel = find(tab, 'enable');
+        if (!panel) return;
+        const chosen = CHOOSERS.map(name => `denoiser-fusion-${name}-${read(tab, name).toLowerCase()}`);
+        for (const element of panel.querySelectorAll('.denoiser-fusion-with')) {
+            const shown = chosen.some(name => element.classList.contains(name));
+            element.classList.toggle('denoiser-fusion-hidden', !shown);
+        }
+    }
+
+    // Gradio's folds are no buttons; these can be reached and opened by key.
+    function setupFolds(tab) {
+        for (const fold of (find(tab, 'enable') || document).querySelectorAll('.denoiser-fusion .label-wrap')) {
+            if (fold.tagName === 'BUTTON') continue;
+            fold.tabIndex = 0;
+            fold.setAttribute('role', 'button');
+            fold.addEventListener('keydown', function(event) {
+                if (event.key !== 'Enter' && event.key !== ' ') return;
+                event.preventDefault();
+                fold.click();
+            });
+        }
+    }
+
     function renewMemory(tab) {
         const button = find(tab, 'memory_refresh');
         if (button) button.click();
@@ -65,8 +93,16 @@
 
     onUiLoaded(function() {
         for (const tab of ['txt2img', 'img2img']) {
-            // Presets and pasted settings change values without an event, so the title looks for itself.
-            setInterval(() => showSummary(tab), 500);
+            // Presets and pasted settings change values without an event, so the panel looks for itself.
+            const look = function() {
+                showSummary(tab);
+                showChosen(tab);
+            };
+            setInterval(look, 500);
+            look();
+            const tabs = find(tab, 'tabs');
+            if (tabs) tabs.addEventListener('input', () => setTimeout(look, 50));
+            setupFolds(tab);
             setupCompare(tab);
             const log = gradioApp().querySelector(`#html_log_${tab}`);
             if (log) new MutationObserver(() => renewMemory(tab)).observe(log, {childList: true, subtree: true});

@@ -14,7 +14,10 @@ from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.settings import (
     EXPERT_PARAMETERS,
     GENERATION_PARAMETERS,
+    MAP_PARAMETERS,
     PARAMETERS,
+    PREVIEW_PARAMETERS,
+    PREVIEWS,
     TIMESTEPS,
     FusionSettings,
     GenerationSettings,
@@ -60,7 +63,10 @@ def build_parser() -> OneLineParser:
                               default=[], metavar="VALUE", help=f"{row.help} ({row.allowed})")
     generate.add_argument("--mask", metavar="FILE", help="for --method mask: a picture, white where the expert is used")
     generate.add_argument("--out", default="outputs", metavar="FOLDER", help="where pictures go (default: outputs)")
-    generate.add_argument("--previews", action="store_true", help="save beside each picture who drew what (SNB, mask)")
+    told = "; ".join(f"{row.key} ({row.help})" for row in PREVIEW_PARAMETERS)
+    generate.add_argument("--previews", nargs="*", metavar="KIND", help=f"save beside each picture: {told}; "
+                          "without a word all that there is")  # fmt: skip
+    add_rows(generate, MAP_PARAMETERS)
     add_rows(generate, GENERATION_PARAMETERS)
     add_rows(generate, PARAMETERS)
     _add_machine(generate)
@@ -165,16 +171,16 @@ def read_device(name: str):
 def run_generate(args: argparse.Namespace) -> int:
     generation, fusion = read_settings(args)
     dtype, device = read_machine(args)
-    mask = read_mask(args.mask, fusion)
+    mask, keep = read_mask(args.mask, fusion), read_keep(args)
     from lib_fusion.engine.generate import Engine
     from lib_fusion.engine.loader import quiet_libraries
     from lib_fusion.engine.pictures import font, infotext, save_png
-    from lib_fusion.previews import mask_strip
+    from lib_fusion.previews import draw_previews
 
     quiet_libraries()
     engine = Engine(args.base, args.expert, dtype=dtype, device=device)
     run = engine.generate(
-        generation, fusion, fixed_mask=mask, keep_masks=args.previews, progress=sys.stderr.isatty()
+        generation, fusion, fixed_mask=mask, keep=keep, progress=sys.stderr.isatty()
     )
     names = [Path(file).stem for file in (args.base, *args.expert)]
     files = []
@@ -182,10 +188,10 @@ def run_generate(args: argparse.Namespace) -> int:
         path = free_path(Path(args.out), f"{picture.seed:05d}-{i:03d}")
         save_png(picture.image, path, infotext(picture.prompt, picture.seed, generation, fusion, Path(args.base).stem))
         files.append(str(path))
-        if picture.masks:
-            path = path.with_name(f"{path.stem}-masks.png")
-            save_png(mask_strip(picture.image, picture.masks, names, font), path, "")
-            files.append(str(path))
+        for kind, image in draw_previews(keep.kinds, picture.image, picture.records, names, fusion, font):
+            beside = path.with_name(f"{path.stem}-{kind}.png")
+            save_png(image, beside, "")
+            files.append(str(beside))
     run.record["files"] = files
     if args.json:
         print(json.dumps(run.record))
@@ -209,6 +215,14 @@ def read_mask(file: str | None, fusion: FusionSettings):
             return torch.from_numpy(np.asarray(image.convert("L")) > 127)[None, None]
     except (OSError, UnidentifiedImageError) as error:
         raise SettingError("mask", file, "allowed: a picture file") from error
+
+
+def read_keep(args: argparse.Namespace):
+    """What the pictures are to tell, for their previews; raises SettingError."""
+    from lib_fusion.records import Keep
+
+    kinds = [] if args.previews is None else args.previews or list(PREVIEWS)
+    return Keep.read(kinds, given_rows(args, MAP_PARAMETERS))
 
 
 def free_path(folder: Path, name: str) -> Path:

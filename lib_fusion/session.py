@@ -15,20 +15,14 @@ import torch.nn.functional as F
 
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.methods import freeu, snb
+from lib_fusion.records import AfaWatch, Keep, MaskRecord, Records
 from lib_fusion.settings import FREEU_AUTO, FREEU_PUBLISHED, FREEU_STAGES, FusionSettings
-from lib_fusion.skips import make_skips
+from lib_fusion.skips import Skips, make_skips
+from lib_fusion.unet.lockstep import Lockstep, point_names
 
 BASE = 0
 #: In ``watch``: what is not a model's but comes of all of them.
 AGGREGATOR = -1
-
-
-@dataclass
-class MaskRecord:
-    """What SNB decided at one timestep: the winning model per position, int64 (B,1,H,W), 0 the base."""
-
-    timestep: float
-    winner: torch.Tensor
 
 
 @dataclass
@@ -38,14 +32,15 @@ class FusionSession:
     ``fixed_mask``: bool (1 or B,1,h,w), True where the first expert rules, for method Mask; resized to the latent.
     ``kinds`` are those of the models' U-Nets (``checkpoint.unet_kind``), or one for all. ``freeu`` has for each model
     what is to be attached to its U-Net, models of one kind the same; it is empty where FreeU is off.
+    ``keep`` says what is to be kept in ``records``, for previews.
     ``calls``, ``rows`` and ``skipped_rows`` count U-Net calls and batch rows per model, as reported by ``count``.
     """
 
     settings: FusionSettings
     fixed_mask: torch.Tensor | None = None
-    keep_masks: bool = False
+    keep: Keep = field(default_factory=Keep)
     kinds: Sequence[str] = ("sd1",)
-    masks: list[MaskRecord] = field(default_factory=list)
+    records: Records = field(default_factory=Records)
     calls: list[int] = field(init=False)
     rows: list[int] = field(init=False)
     skipped_rows: list[int] = field(init=False)
@@ -56,7 +51,8 @@ class FusionSession:
         self._hold = snb.HeldMask(self.settings.snb_hold)
         self._held_models: tuple[int, ...] | None = None
         self.last_winner: torch.Tensor | None = None
-        self.skips = make_skips(self.settings)
+        self.skips = self._make_skips()
+        self.afa_watch: AfaWatch | None = None
         made = {kind: make_freeu(self.settings, kind) for kind in self.kinds}
         kinds = self.kinds if len(self.kinds) > 1 else [*self.kinds] * self.num_models
         self.freeu = [] if self.settings.freeu == "Off" else [made[kind] for kind in kinds]
@@ -147,7 +143,21 @@ class FusionSession:
 
     def forget(self) -> None:
         """Another base has taken over: what is known of the models' noises holds no more."""
-        self.skips = self.skips and make_skips(self.settings)
+        self.skips = self.skips and self._make_skips()
+
+    def _make_skips(self) -> Skips | None:
+        return make_skips(self.settings, self.records.skips if "skips" in self.keep.kinds else None)
+
+    def watch_afa(self, lockstep: Lockstep) -> None:
+        """Keeps what the aggregators of a lockstep give, if that is wanted; raises SettingError for unknown blocks."""
+        if self.keep.afa:
+            self.afa_watch = AfaWatch(self.records, self.keep, point_names(lockstep.unet))
+            lockstep.on_maps = self.afa_watch.take
+
+    def begin_call(self, timestep: float, owners: Sequence[int]) -> None:
+        """Before a call of the models in lockstep; ``owners``: the picture of each row."""
+        if self.afa_watch is not None:
+            self.afa_watch.begin(timestep, owners)
 
     def fuse(
         self,
@@ -209,8 +219,8 @@ class FusionSession:
             )
             index = self._hold.update(timestep, maps)
         self.last_winner = index
-        if self.keep_masks:
-            self.masks.append(MaskRecord(timestep, index.cpu()))
+        if "masks" in self.keep.kinds:
+            self.records.masks.append(MaskRecord(timestep, index.cpu()))
         return index
 
 

@@ -289,6 +289,27 @@ AFA_PARAMETERS: tuple[Parameter, ...] = (
 )  # fmt: skip
 PARAMETERS += AFA_PARAMETERS
 
+#: Pictures about a picture. Each is a setting of the WebUI, and a word after ``--previews``.
+PREVIEW_PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("masks", "bool", False, "Show after each picture which model drew what",
+              "SNB: the saliency masks at four steps", where=()),
+    Parameter("skips", "bool", False, "Show after each picture which steps were skipped",
+              "skipping: which steps ran which model, with the estimated error and its limit", where=()),
+    Parameter("weights", "bool", False, "Show after each picture how AFA weighed the models",
+              "AFA: each model's mean weight, by block and by step", where=()),
+    Parameter("maps", "bool", False, "Show after each picture some of AFA's attention maps",
+              "AFA: the attention maps of some blocks at some steps", where=()),
+)  # fmt: skip
+PREVIEWS = tuple(row.key for row in PREVIEW_PARAMETERS)
+#: Rows of the preview "maps".
+MAP_PARAMETERS: tuple[Parameter, ...] = (
+    Parameter("map_blocks", "text", "", "Attention maps: blocks",
+              "The U-Net's blocks whose maps are shown, such as input_blocks.4 middle_block out; empty: four of them.",
+              where=("cli",)),
+    Parameter("map_timesteps", "text", "1000 700 400 100", "Attention maps: timesteps",
+              "A map is shown at the first step at or below each of these timesteps.", where=("cli",)),
+)  # fmt: skip
+
 
 #: Rows of a generation with the embedded engine; in the WebUI they are the host's own.
 GENERATION_PARAMETERS: tuple[Parameter, ...] = (

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lib_fusion.methods.skipping import Forecaster, LastNoise
+from lib_fusion.records import SkipRecord
 from lib_fusion.settings import FusionSettings
 
 #: The most skips in a row where the settings leave it to the policy.
@@ -36,7 +37,7 @@ class Skips:
     """All policies of a pass, and what they have decided.
 
     ``paths`` has for each model a text for each picture, a mark a step: COMPUTED or SKIPPED. ``make``, where given,
-    makes the policy of a model and a picture instead of the settings.
+    makes the policy of a model and a picture instead of the settings. ``timeline``, where given, is told each step.
 
     A step is ``begin_step`` and then, for each model that the step needs, ``needed``, a run of the model for those
     pictures with ``observe`` of each, and ``forecast`` for the others.
@@ -45,6 +46,7 @@ class Skips:
     settings: FusionSettings
     make: Callable[[int, int], Any] | None = None
     paths: dict[int, list[str]] = field(default_factory=dict)
+    timeline: list[SkipRecord] | None = None
 
     def __post_init__(self) -> None:
         self._policies: dict[tuple[int, int], Forecaster | LastNoise] = {}
@@ -57,6 +59,8 @@ class Skips:
     def begin_step(self, log_sigma: float, latents: Sequence[torch.Tensor], is_last: bool) -> None:
         """``latents``: each picture's (C,H,W), variance-preserving. The last step is never forecast."""
         self.log_sigma, self._is_last, self._latents = log_sigma, is_last, latents
+        if self.timeline is not None:
+            self.timeline.append({})
 
     def join(self, joint: bool) -> None:
         """Whether the models make one prediction at this step, the base's (AFA); a change begins all anew."""
@@ -75,6 +79,10 @@ class Skips:
             wanted = list(range(len(self._latents)))
         marks = [COMPUTED if picture in wanted else SKIPPED for picture in range(len(self._latents))]
         self.paths[model] = [a + b for a, b in zip(self.paths.get(model, [""] * len(marks)), marks)]
+        if self.timeline is not None:
+            told = [(mark, self._policy(model, i).estimate(self.log_sigma)) for i, mark in enumerate(marks)]
+            models = range(1 + len(self.settings.experts)) if self._joint else (model,)
+            self.timeline[-1].update(dict.fromkeys(models, told))
         return wanted
 
     def observe(self, model: int, picture: int, noise: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -115,9 +123,9 @@ class Skips:
         return Forecaster(s.skip_tolerance, self._most, s.skip_warmup)
 
 
-def make_skips(settings: FusionSettings) -> Skips | None:
+def make_skips(settings: FusionSettings, timeline: list[SkipRecord] | None = None) -> Skips | None:
     """A pass's policies, or None where nothing can be skipped."""
-    return Skips(settings) if settings.may_skip else None
+    return Skips(settings, timeline=timeline) if settings.may_skip else None
 
 
 def join_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

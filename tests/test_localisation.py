@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib_fusion.infotext import list_fields
+from lib_fusion.settings import MAP_PARAMETERS, PREVIEW_PARAMETERS
 
 ROOT = Path(__file__).parents[1]
 #: Names that stay as they are in every language.
@@ -36,6 +37,7 @@ def test_every_label_is_translated(file: Path) -> None:
     labels = {f"{field.label} {end}" for field in list_fields() if field.width == 2 for end in ("start", "end")}
     labels |= {field.label for field in list_fields() if field.width == 1}
     choices = {choice for field in list_fields() for choice in field.row.choices if choice != "Mask"}
+    labels |= {row.label for row in (*PREVIEW_PARAMETERS, *MAP_PARAMETERS)}
     missing = (labels | choices | words_of_panel()) - set(told) - NAMES
     assert not missing
     assert all(isinstance(text, str) and text.strip() for text in told.values())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lib_fusion.methods import snb
+from lib_fusion.records import Keep
 from lib_fusion.session import FusionSession
 from lib_fusion.settings import FusionSettings
 
@@ -13,7 +14,7 @@ from lib_fusion.settings import FusionSettings
 def session(experts: int = 1, **values) -> FusionSession:
     mask = values.pop("fixed_mask", None)
     settings = FusionSettings.from_dict({"experts": [{"checkpoint": str(i)} for i in range(experts)], **values})
-    return FusionSession(settings, fixed_mask=mask, keep_masks=True)
+    return FusionSession(settings, fixed_mask=mask, keep=Keep.read(["masks"]))
 
 
 def predictions(models: int, seed: int = 0, size: tuple[int, int] = (6, 10)) -> tuple[dict, dict]:
@@ -46,7 +47,7 @@ def test_snb_takes_the_unconditional_of_the_variant(variant):
     index = snb.winner(snb.log_maps(saliencies, [2, 3, 3]))
     assert torch.equal(c, snb.select(index, cond))
     assert torch.equal(u, snb.select(index, uncond))
-    assert torch.equal(s.masks[0].winner, index)
+    assert torch.equal(s.records.masks[0].winner, index)
 
 
 def test_experts_equal_to_the_base_change_nothing():
@@ -95,8 +96,8 @@ def test_held_mask_is_the_one_accumulated():
         snb.log_maps([snb.saliency(cond[i], uncond[i], 7) for i in range(2)], [1, 1]) for cond, uncond in steps[:2]
     ]
     expected = snb.winner(logs[0] + logs[1])
-    assert torch.equal(s.masks[2].winner, expected)
-    assert torch.equal(s.masks[3].winner, expected)
+    assert torch.equal(s.records.masks[2].winner, expected)
+    assert torch.equal(s.records.masks[3].winner, expected)
 
 
 def test_counts():

@@ -12,6 +12,7 @@ from lib_fusion.engine.generate import Engine, single
 from lib_fusion.engine.pictures import sheet
 from lib_fusion.errors import CheckpointError
 from lib_fusion.previews import mask_image, spread
+from lib_fusion.records import Keep
 from lib_fusion.settings import ExpertSettings, FusionSettings, GenerationSettings
 
 FOLDER = Path(__file__).resolve().parents[2] / "demo"
@@ -63,12 +64,12 @@ def make_sheet(
             "AFA": (models, afa_settings(file, models)),
         }
         cells: list[Image.Image] = []
+        masks: list = []
         for method, (names, settings) in methods.items():
-            keep_masks = method == "SNB (paper)"
-            run = engine_of(*names).generate(generation, settings, keep_masks=keep_masks, progress=progress)
+            keep = Keep.read(["masks"] if method == "SNB (paper)" else [])
+            run = engine_of(*names).generate(generation, settings, keep=keep, progress=progress)
             cells.append(run.pictures[0].image)
-            if run.pictures[0].masks:
-                masks = run.pictures[0].masks
+            masks = run.pictures[0].records.masks or masks
             total = runs.setdefault(method, {"method": method, "seconds": 0.0, "unet_calls": [], "unet_rows": []})
             total["seconds"] += run.record["seconds"]
             total["unet_calls"] += run.record["unet_calls"]

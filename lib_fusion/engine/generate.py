@@ -21,7 +21,8 @@ from lib_fusion.engine.samplers import make_scheduler
 from lib_fusion.engine.steps import SamplerSteps
 from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.methods import afa
-from lib_fusion.session import AGGREGATOR, FusionSession, MaskRecord
+from lib_fusion.records import Keep, PictureRecords
+from lib_fusion.session import AGGREGATOR, FusionSession
 from lib_fusion.settings import FusionSettings, GenerationSettings
 from lib_fusion.skips import join_records
 from lib_fusion.unet.hooks import Hooks, attach_freeu
@@ -39,12 +40,12 @@ class Conditioning:
 
 @dataclass
 class Picture:
-    """One result: the image, its prompt and seed, and (where asked for) the masks of its steps, int64 (h,w)."""
+    """One result: the image, its prompt and seed, and its records where they were asked for."""
 
     image: Image.Image
     prompt: str
     seed: int
-    masks: list[tuple[float, torch.Tensor]] = field(default_factory=list)
+    records: PictureRecords = field(default_factory=PictureRecords)
 
 
 @dataclass
@@ -81,11 +82,12 @@ class Engine:
     @torch.no_grad()
     def generate(
         self, generation: GenerationSettings, fusion: FusionSettings | None = None, *,
-        fixed_mask: torch.Tensor | None = None, keep_masks: bool = False, progress: bool = False,
+        fixed_mask: torch.Tensor | None = None, keep: Keep | None = None, progress: bool = False,
     ) -> Run:  # fmt: skip
         """Draws ``count`` pictures of every prompt. ``fusion.experts`` are, in order, those the engine has loaded.
 
-        ``fixed_mask`` (bool (1,1,h,w)) is for method Mask. A picture depends on its own prompt and seed only.
+        ``fixed_mask`` (bool (1,1,h,w)) is for method Mask; ``keep`` says what of its making a picture is to tell. A
+        picture depends on its own prompt and seed only.
         """
         fusion = fusion or FusionSettings()
         self.check(fusion, fixed_mask)
@@ -100,11 +102,11 @@ class Engine:
         with tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True) as bar:
             for start in range(0, len(jobs), size):
                 batch = jobs[start : start + size]
-                session = FusionSession(fusion, fixed_mask, keep_masks, [self.models[0].unet.kind])
+                session = FusionSession(fusion, fixed_mask, keep or Keep(), [self.models[0].unet.kind])
                 latents = self.denoise(batch, generation, session, bar)
                 images = self.decode(latents)
                 for i, ((prompt, seed), image) in enumerate(zip(batch, images, strict=True)):
-                    pictures.append(Picture(image, prompt, seed, [_mask_of(m, i) for m in session.masks]))
+                    pictures.append(Picture(image, prompt, seed, session.records.of(i)))
                 if session.skips is not None:
                     skipped.append(session.skips.record())
                 calls = [a + b for a, b in zip(calls, session.calls, strict=True)]
@@ -186,6 +188,8 @@ class Engine:
         session.begin([*map(float, scheduler.timesteps), -1.0])
         self._check_afa(session.settings)
         lockstep = self.make_lockstep(session.settings) if session.settings.method == "AFA" else None
+        if lockstep:
+            session.watch_afa(lockstep)
         unets = [model.unet for model in self.models] if session.freeu else []
         decoder = [point for unet in unets for point in read_layout(unet).decoder]
         freeu = session.freeu[0] if session.freeu else None
@@ -202,6 +206,8 @@ class Engine:
                 for i in models[:1] if together else models:
                     run = list(range(len(x))) if skips is None else skips.needed(i)
                     if run:
+                        if together:
+                            session.begin_call(float(t), run * 2)
                         others = self._running(lockstep, [told[j] for j in models], run) if together else nullcontext()
                         with others, session.using_freeu(i, float(t)):
                             noises[i] = self._predict(self.models[i], told[i], scaled, t, alphas, run)
@@ -288,10 +294,6 @@ def _alpha_at(t: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
     high = (low + 1).clamp(max=len(alphas) - 1)
     log_sigma = torch.lerp(log_sigmas[low], log_sigmas[high], (t - low).to(log_sigmas.dtype))
     return 1 / (1 + (2 * log_sigma).exp())
-
-
-def _mask_of(record: MaskRecord, picture: int) -> tuple[float, torch.Tensor]:
-    return record.timestep, record.winner[picture, 0]
 
 
 def single(fusion: FusionSettings, model: int) -> FusionSettings:

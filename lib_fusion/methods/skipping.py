@@ -57,6 +57,14 @@ class ThirdOrderEstimator:
         self._skipped.append(skip)
         return skip
 
+    @property
+    def unsteadiness(self) -> float | None:
+        """What the last decision compared with the threshold; None where there was none."""
+        if len(self._distances) < 3:
+            return None
+        before_last, last, now = map(float, self._distances)
+        return abs((now + before_last) / 2 - last) / max(last, 1e-12)
+
 
 class LastNoise:
     """AdaptiveDiffusion for one model and picture: by the estimator's decision the last noise is used again."""
@@ -69,6 +77,10 @@ class LastNoise:
     def may_skip(self, log_sigma: float, latent: torch.Tensor) -> bool:
         """Whether this prediction may be skipped; ``latent`` is what it would be made for, variance-preserving."""
         return self._noise is not None and self._estimator.observe(latent)
+
+    def estimate(self, log_sigma: float) -> float | None:
+        """What was compared with the threshold at this step, or None."""
+        return self._estimator.unsteadiness
 
     def forecast(self, log_sigma: float) -> torch.Tensor:
         return self._noise
@@ -100,9 +112,14 @@ class Forecaster:
         """Whether the prediction at this noise level may be a forecast. The error of a line grows as its spans."""
         if self.tolerance <= 0 or self._computed < self.warmup or len(self._skipped) >= self.max_skips:
             return False
-        if len(self._nodes) < 2 or log_sigma >= self._nodes[-1][0] - SAME_LEVEL:
-            return False
-        return self._curvature * self._spans(log_sigma) * _weight(log_sigma) <= self.tolerance
+        estimate = self.estimate(log_sigma)
+        return estimate is not None and estimate <= self.tolerance
+
+    def estimate(self, log_sigma: float) -> float | None:
+        """The weighted error that a forecast at this noise level is thought to have; None where nothing is known."""
+        if len(self._nodes) < 2 or log_sigma >= self._nodes[-1][0] - SAME_LEVEL or math.isinf(self._curvature):
+            return None
+        return self._curvature * self._spans(log_sigma) * _weight(log_sigma)
 
     def forecast(self, log_sigma: float) -> torch.Tensor:
         """The noise (K,C,H,W) at this level, extrapolated linearly in log sigma from the last two computed."""

@@ -16,7 +16,7 @@ from lib_fusion.aggregators import Card, load_for, model_of, read_card
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.infotext import NO_CHECKPOINT
 from lib_fusion.methods import afa
-from lib_fusion.settings import ExpertSettings, FusionSettings
+from lib_fusion.settings import MAX_EXPERTS, ExpertSettings, FusionSettings
 from lib_fusion.unet.lockstep import Lockstep, mean_context
 from lib_fusion.webui.rows import pad_alike, tokens_of, vector_of
 
@@ -78,6 +78,13 @@ def experts_of(card: Card) -> list[str]:
             raise SettingError("afa_aggregator", model.name, told)
         names.append(info.name)
     return names
+
+
+def implied_by(name: str) -> dict[str, str]:
+    """What choosing a file chooses, too, by the fields' elements: the method, and each expert; raises SettingError."""
+    names = experts_of(card_of(name))
+    names += [NO_CHECKPOINT[1]] * (MAX_EXPERTS - len(names))
+    return {"method": "AFA", **{f"expert{i + 1}_checkpoint": names[i] for i in range(MAX_EXPERTS)}}
 
 
 class AggregatorCache:

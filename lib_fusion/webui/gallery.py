@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from modules import images, shared
 
-from lib_fusion import previews
-from lib_fusion.session import MaskRecord
+from lib_fusion.previews import draw_previews
+from lib_fusion.records import Records
+from lib_fusion.settings import FusionSettings
 
 
-def add_masks(p: Any, processed: Any, batches: list[list[MaskRecord]], models: list[str]) -> None:
-    """A strip of masks after each picture (and what the host itself has put after it)."""
+def add_previews(p: Any, processed: Any, kinds: Collection[str], batches: list[Records], settings: FusionSettings,
+                 names: list[str]) -> None:  # fmt: skip
+    """Previews of these kinds after each picture (and what the host itself has put after it).
+
+    ``batches``: the records of each; ``names``: the experts' checkpoints.
+    """
     first = processed.index_of_first_image
     pictures = min(len(processed.infotexts) - first, len(batches) * p.batch_size)
     each = (len(processed.images) - first) // max(pictures, 1)
-    names = [Path(name).stem for name in models]
-    for i in reversed(range(pictures)):  # so that what is inserted moves nothing that is still to come
-        masks = [(mask.timestep, mask.winner[i % p.batch_size, 0]) for mask in batches[i // p.batch_size]]
-        if not masks or not each:
-            continue
-        strip = previews.mask_strip(processed.images[first + i * each], masks, names, images.get_font)
-        text = processed.infotexts[first + i]
-        if p.save_samples():
-            images.save_image(strip, p.outpath_samples, "", p.all_seeds[i], p.all_prompts[i],
-                              shared.opts.samples_format, info=text, p=p, suffix="-fusion-masks")  # fmt: skip
-        processed.images.insert(first + (i + 1) * each, strip)
-        if each == 1:  # the gallery finds a picture's text by its place
-            processed.infotexts.insert(first + i + 1, text)
+    models = ["base", *(Path(name).stem for name in names)]
+    for i in reversed(range(pictures if each else 0)):  # so that what is inserted moves nothing that is still to come
+        records = batches[i // p.batch_size].of(i % p.batch_size)
+        picture, text = processed.images[first + i * each], processed.infotexts[first + i]
+        drawn = list(draw_previews(kinds, picture, records, models, settings, images.get_font))
+        for kind, image in reversed(drawn):
+            if p.save_samples():
+                images.save_image(image, p.outpath_samples, "", p.all_seeds[i], p.all_prompts[i],
+                                  shared.opts.samples_format, info=text, p=p, suffix=f"-fusion-{kind}")  # fmt: skip
+            processed.images.insert(first + (i + 1) * each, image)
+            if each == 1:  # the gallery finds a picture's text by its place
+                processed.infotexts.insert(first + i + 1, text)

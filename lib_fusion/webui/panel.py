@@ -23,13 +23,16 @@ from lib_fusion.settings import (
     FREEU_PUBLISHED,
     FREEU_PUBLISHED_ROWS,
     FREEU_STAGES,
+    MAP_PARAMETERS,
     MAX_EXPERTS,
+    PREVIEW_PARAMETERS,
     SKIP_PRESETS,
 )
 from lib_fusion.webui import aggregators, experts, presets, request
 from lib_fusion.webui.runtime import runtime
 from lib_fusion.webui.sampling import PLACES, PREVIEW_OPTION
 
+FREEU_ON = ("Auto", *FREEU_PUBLISHED, "Custom")
 #: The setting by which pasted settings switch the panel.
 PASTE_OPTION = "denoiser_fusion_paste_switches"
 #: The amounts of skipping, for people.
@@ -40,6 +43,18 @@ SKIP_WORDS = {
 }
 SKIP_TOLD = ("More steps leave more to skip. With samplers that add noise at each step (ancestral, SDE) forecasts are "
              "poor, so nearly nothing is skipped. The picture's infotext tells what was.")  # fmt: skip
+AFA_TOLD = ("Not in use: the method is another one. Choosing an aggregator here chooses AFA, too, as does the method "
+            "in the Blend tab.")  # fmt: skip
+#: Control -> the choices of another one with which alone it is of use. Elsewhere the page hides it; its value stays.
+SHOWN_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "snb_saliency": ("method", ("SNB",)),
+    "afa_force": ("afa_maps", ("trained",)),
+    "freeu_version": ("freeu", FREEU_ON),
+    "freeu_models": ("freeu", FREEU_ON),
+    "skip_passes": ("skipping", ("Forecast", "Paper")),
+    "skip_tolerance": ("skipping", ("Forecast",)),
+    "skip_threshold": ("skipping", ("Paper",)),
+}
 #: A slider is of no use where it has more stops than this.
 MOST_STOPS = 1000
 #: More choices than this are a list to open.
@@ -73,7 +88,7 @@ def build(elem_id: Callable[[str], str]) -> Built:
                     place("method", "snb_saliency")
                 with gr.Row():
                     place("snb_window", "snb_outside")
-                with gr.Row():
+                with gr.Row(elem_classes=shown_with("method", "SNB")):
                     place("k_general", "k_expert", "snb_hold")
             with gr.Tab("AFA", elem_id=elem_id("tab_afa")):
                 build_afa(place, controls, elem_id)
@@ -117,19 +132,17 @@ def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_i
             lambda: {"choices": ["", *aggregators.list_aggregators()]}, elem_id("afa_refresh"),
         )  # fmt: skip
         place("afa_maps", "afa_force")
+    gr.HTML(AFA_TOLD, elem_id=elem_id("afa_unused"),
+            elem_classes=["denoiser-fusion-told", *shown_with("method", "SNB", "Average")])  # fmt: skip
     told = gr.HTML(elem_id=elem_id("afa_told"), elem_classes=["denoiser-fusion-told"])
     (file,), (method,) = controls["afa_aggregator"], controls["method"]
     chosen = [controls[f"expert{i + 1}_checkpoint"][0] for i in range(MAX_EXPERTS)]
 
     def on_choice(name: str) -> list[Any]:
-        if not name:
-            return [gr.update()] * (1 + MAX_EXPERTS)
         try:
-            names = aggregators.experts_of(aggregators.card_of(name))
+            return [gr.update(value=value) for value in aggregators.implied_by(name).values()]
         except FusionError:
             return [gr.update()] * (1 + MAX_EXPERTS)
-        names += [infotext.NO_CHECKPOINT[1]] * (MAX_EXPERTS - len(names))
-        return [gr.update(value="AFA"), *(gr.update(value=value) for value in names[:MAX_EXPERTS])]
 
     def on_change(name: str) -> str:
         try:
@@ -146,7 +159,7 @@ def build_freeu(place: Callable[..., None], controls: dict[str, list[Any]], elem
     with gr.Row():
         place("freeu", "freeu_version")
     told = gr.HTML(elem_id=elem_id("freeu_told"), elem_classes=["denoiser-fusion-told"])
-    with gr.Column(visible=False, elem_id=elem_id("freeu_custom")) as custom:
+    with gr.Column(elem_id=elem_id("freeu_custom"), elem_classes=shown_with("freeu", "Custom")):
         for stage in FREEU_STAGES:
             with gr.Row():
                 place(f"freeu_b{stage}", f"freeu_s{stage}")
@@ -154,7 +167,7 @@ def build_freeu(place: Callable[..., None], controls: dict[str, list[Any]], elem
             for stage in FREEU_STAGES:
                 with gr.Row(elem_classes=["denoiser-fusion-narrow"]):
                     place(*(f"freeu_{name}{stage}" for name in ("offset", "width", "cutoff", "high")))
-    with gr.Row():
+    with gr.Row(elem_classes=shown_with("freeu", *FREEU_ON)):
         place("freeu_start", "freeu_stop", "freeu_smooth")
     place("freeu_models")
     (preset,), (version,) = controls["freeu"], controls["freeu_version"]
@@ -163,10 +176,10 @@ def build_freeu(place: Callable[..., None], controls: dict[str, list[Any]], elem
     def on_change(name: str, number: str) -> list[Any]:
         """Published factors also go into the hidden controls, so that one's own begin with them."""
         factors = FREEU_PUBLISHED[name][number] if name in FREEU_PUBLISHED else [gr.update()] * len(published)
-        return [describe_freeu(name, number), gr.update(visible=name == "Custom"), *factors]
+        return [describe_freeu(name, number), *factors]
 
     for control in (preset, version):
-        control.change(on_change, inputs=[preset, version], outputs=[told, custom, *published], show_progress=False)
+        control.change(on_change, inputs=[preset, version], outputs=[told, *published], show_progress=False)
 
 
 def describe_freeu(name: str, version: str) -> str:
@@ -187,10 +200,10 @@ def build_skipping(place: Callable[..., None], controls: dict[str, list[Any]], e
     with gr.Row(elem_classes=["denoiser-fusion-row"]):
         buttons = {name: gr.Button(name, size="sm", elem_id=elem_id(f"skip_{name.lower()}"), tooltip=SKIP_WORDS[name])
                    for name in SKIP_PRESETS}  # fmt: skip
-    with gr.Row():
-        place("skip_tolerance", "skip_max", "skip_warmup")
-    with gr.Row():
-        place("skip_correct", "skip_threshold")
+    with gr.Row(elem_classes=shown_with("skipping", "Forecast", "Paper")):
+        place("skip_tolerance", "skip_threshold", "skip_max")
+    with gr.Row(elem_classes=shown_with("skipping", "Forecast")):
+        place("skip_warmup", "skip_correct")
     gr.HTML(SKIP_TOLD, elem_id=elem_id("skip_told"), elem_classes=["denoiser-fusion-told"])
     targets = [controls[key][0] for key in ("skipping", "skip_tolerance", "skip_max")]
     for name, button in buttons.items():
@@ -200,7 +213,7 @@ def build_skipping(place: Callable[..., None], controls: dict[str, list[Any]], e
 
 def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
     """Apply, save, delete and refresh; whatever goes wrong is told in a line under the list."""
-    store = presets.Presets(Path(paths.data_path) / "denoiser-fusion-presets.json")
+    store = presets.Presets(Path(paths.data_path) / presets.FILE)
     with gr.Row(elem_classes=["denoiser-fusion-row"]):
         chosen = ui_components.DropdownEditable(
             label="Fusion preset", choices=names_of(store), value="", elem_id=elem_id("preset"),
@@ -267,6 +280,9 @@ def make_controls(field: Field, elem_id: Callable[[str], str]) -> list[Any]:
     """The control of one row; two for a window."""
     row, label = field.row, field.label
     common = {"elem_id": elem_id(field.element), "tooltip": row.help}
+    if field.element in SHOWN_WITH:
+        control, choices = SHOWN_WITH[field.element]
+        common["elem_classes"] = shown_with(control, *choices)
     value = infotext.panel_default(field)
     if row.key == "checkpoint":
         return [gr.Dropdown(label=label, choices=list_choices(), value=value, **common)]
@@ -290,6 +306,11 @@ def make_controls(field: Field, elem_id: Callable[[str], str]) -> list[Any]:
     if row.step and (row.high - row.low) / row.step <= MOST_STOPS:
         return [gr.Slider(row.low, row.high, value=value, step=row.step, label=label, **common)]
     return [gr.Number(value=value, label=label, minimum=row.low, maximum=row.high, **common)]
+
+
+def shown_with(control: str, *choices: str) -> list[str]:
+    """Classes of what the page is to show only where a control has one of these choices."""
+    return ["denoiser-fusion-with", *(f"denoiser-fusion-{control}-{choice.lower()}" for choice in choices)]
 
 
 @dataclass(frozen=True)
@@ -331,7 +352,7 @@ def tool(sign: str, tooltip: str, element: str) -> Any:
 
 
 def add_options() -> None:
-    """The settings page: how many experts are kept, and where."""
+    """The settings page: how many experts are kept, and where; what pasting does; the previews."""
     section = ("denoiser_fusion", "Denoiser Fusion")
     cache = shared.OptionInfo(
         1, "Experts kept in memory between generations", gr.Slider, {"minimum": 0, "maximum": 8, "step": 1},
@@ -340,13 +361,12 @@ def add_options() -> None:
     place = shared.OptionInfo(
         PLACES[0], "Where an expert waits", gr.Radio, {"choices": list(PLACES)}, section=section
     ).info("RAM spares GPU memory and costs time")
-    preview = shared.OptionInfo(
-        False, "Show after each picture which model drew what (SNB)", gr.Checkbox, section=section
-    ).info("a strip of the saliency masks at four steps, saved beside the picture")
     paste = shared.OptionInfo(
         True, "Pasting a fused picture's settings switches the panel on", gr.Checkbox, section=section
     ).info("and those of a picture made without fusion switch it off")
     shared.opts.add_option("denoiser_fusion_cache", cache)
     shared.opts.add_option("denoiser_fusion_place", place)
-    shared.opts.add_option(PREVIEW_OPTION, preview)
     shared.opts.add_option(PASTE_OPTION, paste)
+    for row in (*PREVIEW_PARAMETERS, *MAP_PARAMETERS):
+        option = shared.OptionInfo(row.default, row.label, section=section).info(row.help)
+        shared.opts.add_option(PREVIEW_OPTION + row.key, option)

@@ -11,6 +11,8 @@ from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.settings import FusionSettings
 
 LONGEST_NAME = 200
+#: The name of a person's own file, in the WebUI's data directory.
+FILE = "denoiser-fusion-presets.json"
 #: MagicFusion's published settings (its own examples; the code's saliency) and the mask held after the noisiest steps.
 SHIPPED: dict[str, dict[str, Any]] = {
     "MagicFusion: lion (first SNB, then the base)": {

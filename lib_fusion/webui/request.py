@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib_fusion.errors import SettingError
-from lib_fusion.infotext import NO_CHECKPOINT, list_fields, panel_default
+from lib_fusion.infotext import NO_CHECKPOINT, Field, list_fields, panel_default
 from lib_fusion.settings import (
     COMPARE,
     ENABLED,
@@ -21,6 +21,12 @@ from lib_fusion.settings import (
 
 #: What can't be given in the WebUI, by row: a mask picture has no place in the panel.
 WITHHELD = {"method": ("Mask",)}
+#: A plot's axis for a whole preset, beside the fields' elements.
+PRESET = "preset"
+#: The controls of a window, and the axes for one end of it.
+WINDOW_ENDS = ("start", "end")
+FREEU_CUSTOM_KEYS = {row.key for row in FREEU_CUSTOM}
+
 
 def allowed_choices(row: Parameter) -> tuple[str, ...]:
     return tuple(choice for choice in row.choices if choice not in WITHHELD.get(row.key, ()))
@@ -53,21 +59,40 @@ def read_args(args: Sequence[Any], axes: Mapping[str, Any] | None = None) -> Fus
 
 
 def put_axes(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
-    """An API dict with a plot's values in it; a plot that takes away all there is to do switches off."""
-    result = {**values, ENABLED.key: True}
-    experts = [dict(expert) for expert in values.get("experts", ())]
+    """An API dict with a plot's values in it: a preset's first, the others over it.
+
+    A plot that takes away all there is to do switches off. FreeU's own factors count in the cells of "Custom" only.
+    """
+    result = {**values, **axes.get(PRESET, {}), ENABLED.key: axes.get(ENABLED.key, True)}
+    experts = result.get("experts", ())
+    if not isinstance(experts, Sequence) or not all(isinstance(expert, Mapping) for expert in experts):
+        return result  # to be refused by name
+    experts = [dict(expert) for expert in experts]
     experts += [{} for _ in range(MAX_EXPERTS - len(experts))]
     for field in list_fields():
         if field.element in axes:
             target = result if field.expert is None else experts[field.expert]
             target[field.row.key] = axes[field.element]
+        if field.width == 2:
+            put_ends(result, field, axes)
     result["experts"] = [expert for expert in experts if expert.get("checkpoint", "") not in NO_CHECKPOINT]
+    chosen = str(result.get("freeu", "Off")).strip().lower()
+    if chosen != "custom" and ("freeu" in axes or PRESET in axes):
+        result = {key: value for key, value in result.items() if key not in FREEU_CUSTOM_KEYS}
     removes = any(key in ("freeu", "skipping") or (key.endswith("_checkpoint") and value in NO_CHECKPOINT)
                   for key, value in axes.items())  # fmt: skip
     is_off = all(str(result.get(key, "Off")).strip().lower() == "off" for key in ("freeu", "skipping"))
     if removes and not result["experts"] and is_off:
         result[ENABLED.key] = False
     return result
+
+
+def put_ends(result: dict[str, Any], field: Field, axes: Mapping[str, Any]) -> None:
+    """Puts a plot's values for one end of a window, or for both, into an API dict; raises SettingError."""
+    ends = [axes.get(f"{field.element}_{end}") for end in WINDOW_ENDS]
+    if any(end is not None for end in ends):
+        window = field.row.read(result.get(field.row.key, field.row.default))
+        result[field.row.key] = [was if end is None else end for was, end in zip(window, ends)]
 
 
 def read_dict(values: Mapping[str, Any]) -> FusionSettings | None:
@@ -110,7 +135,7 @@ def panel_to_dict(args: Sequence[Any]) -> dict[str, Any]:
     result[COMPARE.key] = values.pop(0)
     result["experts"] = [expert for expert in experts if expert["checkpoint"] not in NO_CHECKPOINT]
     if result["freeu"] != "Custom":
-        result = {key: value for key, value in result.items() if key not in {row.key for row in FREEU_CUSTOM}}
+        result = {key: value for key, value in result.items() if key not in FREEU_CUSTOM_KEYS}
     return result
 
 

@@ -19,8 +19,9 @@ from modules.sd_hijack import model_hijack
 from torch import nn
 
 from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.records import Keep
 from lib_fusion.session import AGGREGATOR, BASE, FusionSession
-from lib_fusion.settings import FusionSettings
+from lib_fusion.settings import MAP_PARAMETERS, PREVIEWS, FusionSettings
 from lib_fusion.unet.hooks import Hooks, attach_freeu
 from lib_fusion.unet.layout import read_layout
 from lib_fusion.unet.lockstep import Lockstep
@@ -30,8 +31,8 @@ from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.rows import Context, Rows, change_prediction, put_context, strip_marker, weights_of
 from lib_fusion.webui.skipping import CORRECTED, Corrector, StepSkips, leaves_out_uncond
 
-#: The setting that shows where the experts won.
-PREVIEW_OPTION = "denoiser_fusion_preview"
+#: Settings of the previews: this and a name in PREVIEWS or a key of MAP_PARAMETERS.
+PREVIEW_OPTION = "denoiser_fusion_preview_"
 PLACES = ("GPU", "RAM between pictures", "RAM between U-Net calls")
 
 OUT_OF_MEMORY = ("Denoiser Fusion: the models do not fit into memory together, so the experts have been unloaded; "
@@ -53,8 +54,7 @@ class FusionPass:
         self.equip, self.sampler, self.aggregators = equip, sampler, aggregators
         self._take(sd_model)
         kinds = [self.model.kind, *(expert.model.kind for expert in self.experts)]
-        keep_masks = bool(shared.opts.data.get(PREVIEW_OPTION, False))
-        self.session = FusionSession(settings, keep_masks=keep_masks, kinds=kinds)
+        self.session = FusionSession(settings, keep=wanted_records(), kinds=kinds)
         if settings.skip_passes == ("first" if is_hires else "hires"):
             self.session.skips = None
         self.guidance_scale = float(sampler.sampler_extra_args["cond_scale"])
@@ -85,6 +85,7 @@ class FusionPass:
         self._attached = True
         if self.session.settings.method == "AFA" and self.experts:
             self.lockstep = make_lockstep(self.aggregators, self.session.settings, self.sd_model, self.experts)
+            self.session.watch_afa(self.lockstep)
             self._hooks.append(self.lockstep.attach())
         base = self.sd_model.model.diffusion_model
         unets = [base, *(expert.unet or base for expert in self.experts)]
@@ -250,6 +251,9 @@ class FusionPass:
         conds = [strip_marker(cond), *(self._told(i, cond, chosen) for i in self._models[1:])]
         own_empty = self.sd_model.cond_stage_model_empty_prompt
         empties = [own_empty, *(own_empty if context is None else context.told.empty for context in self.contexts)]
+        if self.session.afa_watch is not None:
+            owners = self._rows.owners(torch.device("cpu")).tolist()
+            self.session.begin_call(self._timestep, [owners[row] for row in chosen])
         with (
             moved([e.unet for e in self.experts] if self.place == PLACES[2] else []),
             together(self.lockstep, conds, empties),
@@ -314,6 +318,14 @@ class FusionPass:
 def combines_as_ever(denoiser: Any) -> bool:
     """Whether the halves are added up by the host's own rule, and not by another extension's (Dynamic Thresholding)."""
     return denoiser.combine_denoised.__module__ == sd_samplers_cfg_denoiser.__name__
+
+
+def wanted_records() -> Keep:
+    """What the settings want to be shown of a pass; raises SettingError."""
+    values = shared.opts.data
+    kinds = [kind for kind in PREVIEWS if values.get(PREVIEW_OPTION + kind, False)]
+    rows = MAP_PARAMETERS if "maps" in kinds else ()
+    return Keep.read(kinds, {row.key: values.get(PREVIEW_OPTION + row.key, row.default) for row in rows})
 
 
 def share_of(model: int, picture: int, models: tuple[int, ...], winner: torch.Tensor | None) -> torch.Tensor | float:
@@ -436,7 +448,7 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
         raise
     seconds = time.perf_counter() - began
     done = fusion.session
-    record = {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "masks": done.masks}
+    record = {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "records": done.records}
     return samples, {**record, "rows": done.rows, "skipped_rows": done.skipped_rows}
 
 

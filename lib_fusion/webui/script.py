@@ -11,7 +11,7 @@ from modules import errors
 
 from lib_fusion.errors import FusionError, one_line
 from lib_fusion.infotext import infotext_keys, write_infotext
-from lib_fusion.session import MaskRecord
+from lib_fusion.records import Records
 from lib_fusion.settings import COMPARE, FusionSettings
 from lib_fusion.webui import compare, gallery, sampling, xyz
 from lib_fusion.webui.aggregators import complete
@@ -32,8 +32,8 @@ class Job:
     """One generation's request: its settings, or the error that its sampling will be ended with.
 
     ``calls`` and ``seconds`` are those of the batch that is being made, over both of its passes, and so
-    ``rows``, of which ``skipped_rows`` more were forecast; ``masks`` has a list
-    of what was decided for each batch so far.
+    ``rows``, of which ``skipped_rows`` more were forecast; ``records``
+    are those of each batch so far.
     """
 
     settings: FusionSettings | None = None
@@ -43,19 +43,19 @@ class Job:
     rows: list[int] = field(default_factory=list)
     skipped_rows: list[int] = field(default_factory=list)
     seconds: float = 0.0
-    masks: list[list[MaskRecord]] = field(default_factory=list)
+    records: list[Records] = field(default_factory=list)
 
     def begin_batch(self) -> None:
         self.calls, self.rows, self.skipped_rows = ([0] * (1 + len(self.names)) for _ in range(3))
         self.seconds = 0.0
-        self.masks.append([])
+        self.records.append(Records())
 
     def add(self, record: dict) -> None:
         """Notes what a pass has done."""
         for name in ("calls", "rows", "skipped_rows"):
             setattr(self, name, [a + b for a, b in zip(getattr(self, name), record[name])])
         self.seconds += record["seconds"]
-        self.masks[-1] += record["masks"]
+        self.records[-1].add(record["records"])
 
 
 def before(p: Any, args: Sequence[Any]) -> None:
@@ -134,9 +134,10 @@ def end(p: Any, processed: Any) -> None:
     if kept is not None:
         with _told_of(processed, "comparison"):
             compare.add_comparison(p, processed, kept, job.settings, job.names)
-    if any(job.masks):
-        with _told_of(processed, "preview"):
-            gallery.add_masks(p, processed, job.masks, ["base", *job.names])
+    with _told_of(processed, "preview"):
+        kinds = sampling.wanted_records().kinds
+        if kinds and not hasattr(p, compare.OVERRIDE):
+            gallery.add_previews(p, processed, kinds, job.records, job.settings, job.names)
 
 
 @contextmanager

@@ -110,6 +110,10 @@ def broken(tmp_path_factory) -> dict[str, str]:
         (["--device", "nowhere"], ["device"]),
         (["--snb-outside", "nobody"], ["snb_outside", "base, expert"]),
         (["--expert-prompt", "a", "--expert-prompt", "b"], ["expert-prompt"]),
+        (["--previews", "mask"], ["previews", "allowed: masks, skips, weights, maps"]),
+        (["--map-timesteps", "early"], ["map_timesteps", "at most 1000"]),
+        (["--method", "afa", "--afa-maps", "uniform", "--previews", "maps", "--map-blocks", "in.0"],
+         ["map_blocks", "input_blocks.0"]),
         (["--no-such-flag"], ["--no-such-flag"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -143,3 +147,23 @@ def test_demo_writes_its_sheet_and_table(tmp_path, capsys):
         assert method in printed
     with Image.open(sheet) as image:
         assert image.width > 1000
+
+
+def test_previews_are_written_beside_the_pictures(tmp_path, capsys):
+    base = ["generate", "--base", ANIMALS, "--expert", VEHICLES, "--prompt", "a fox", *SMALL, "--json"]
+    afa = ["--method", "afa", "--afa-maps", "uniform", "--skipping", "forecast"]
+
+    def written(folder: str, *flags: str) -> set[str]:
+        assert main([*base, "--out", str(tmp_path / folder), *flags]) == 0
+        files = json.loads(capsys.readouterr().out)["files"]
+        assert sorted(files) == sorted(map(str, (tmp_path / folder).iterdir()))
+        return {Path(file).stem.rpartition("-")[2] for file in files[1:]}
+
+    assert written("none") == set()
+    assert written("all", "--previews") == {"masks"}
+    assert written("afa", "--previews", *afa) == {"skips", "weights", "maps"}
+    assert written("some", *afa, "--previews", "weights") == {"weights"}
+    few = ["--map-blocks", "middle_block", "--map-timesteps", "900"]
+    assert written("few", *afa, *few, "--previews", "maps") == {"maps"}
+    heights = [Image.open(tmp_path / folder / "00000-000-maps.png").height for folder in ("few", "afa")]
+    assert heights[0] < heights[1]

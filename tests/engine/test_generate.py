@@ -12,6 +12,7 @@ import torch
 from lib_fusion.engine.generate import Engine, _alpha_at, single
 from lib_fusion.engine.samplers import make_scheduler
 from lib_fusion.errors import CheckpointError, SettingError
+from lib_fusion.records import Keep
 from lib_fusion.session import FusionSession
 from lib_fusion.settings import GENERATION_PARAMETERS, ExpertSettings, FusionSettings, GenerationSettings
 
@@ -73,9 +74,9 @@ def test_fusing_differs_from_both_models_and_from_the_average(pair):
 def test_the_window_switches_models(pair):
     """The paper's mode 2: fused while t > v1; before the switch the latents are those of full SNB."""
     steps = make_scheduler("DDIM", GENERATION.steps).timesteps.tolist()
-    session = FusionSession(replace(ONE, snb_window=(1000, steps[2])), keep_masks=True)
+    session = FusionSession(replace(ONE, snb_window=(1000, steps[2])), keep=Keep.read(["masks"]))
     pair.denoise([(PROMPT, 0)], GENERATION, session)
-    assert [m.timestep for m in session.masks] == steps[:2]
+    assert [m.timestep for m in session.records.masks] == steps[:2]
     assert session.calls == [GENERATION.steps, 2]
     assert session.rows == [2 * GENERATION.steps, 4]
 
@@ -122,10 +123,10 @@ def test_the_record_counts_calls_and_rows(pair):
 def test_three_experts_share_the_picture():
     engine = Engine(DEMO / "general.safetensors", [ANIMALS, VEHICLES, FOOD])
     fusion = FusionSettings(experts=tuple(ExpertSettings(name) for name in "abc"))
-    session = FusionSession(fusion, keep_masks=True)
+    session = FusionSession(fusion, keep=Keep.read(["masks"]))
     engine.denoise([(PROMPT, 0)], GENERATION, session)
     assert session.calls == [GENERATION.steps] * 4
-    winners = set(torch.cat([m.winner for m in session.masks]).unique().tolist())
+    winners = set(torch.cat([m.winner for m in session.records.masks]).unique().tolist())
     assert winners <= {0, 1, 2, 3}
     assert len(winners) >= 3
 

@@ -180,3 +180,35 @@ def test_the_other_extensions_infotext_broken(stages: str) -> None:
     entries = {"FreeU Stages": stages, "FreeU Schedule": "0.0"}
     assert infotext.adopt_freeu(entries) is entries
     assert not infotext.is_fused(entries)
+
+
+def test_a_plots_switch_and_the_ends_of_a_window() -> None:
+    assert request.read_args([FULL], {"enabled": "False"}) is None
+    assert request.read_args([FULL | {"enabled": False}], {"enabled": "True"}).k_expert == 3.5
+    assert request.read_args([FULL], {"snb_window_start": 800.0}).snb_window == (800, 100)
+    assert request.read_args([FULL], {"snb_window": "700:0", "snb_window_end": 50.0}).snb_window == (700, 50)
+    with pytest.raises(SettingError, match=r"snb_window: .* START >= END"):
+        request.read_args([FULL], {"snb_window_start": 50.0})
+
+
+def test_a_plots_preset_comes_before_its_other_axes() -> None:
+    preset = {"method": "Average", "snb_window": [900, 0], "snb_hold": 500.0}
+    settings = request.read_args([FULL], {"preset": preset, "snb_hold": 300.0})
+    assert (settings.method, settings.snb_window, settings.snb_hold) == ("Average", (900, 0), 300)
+    assert settings.experts == FusionSettings.from_dict(FULL).experts  # it names none
+    assert request.read_args([FULL], {"preset": {"experts": [{"checkpoint": "d"}]}}).experts[0].checkpoint == "d"
+
+
+def test_a_plot_over_freeu_leaves_ones_own_factors_to_their_cells() -> None:
+    values = FULL | FREEU
+    assert request.read_args([values], {"freeu": "Custom"}).freeu_b1 == 1.3
+    assert request.read_args([values], {"freeu": "Off"}).freeu_b1 == 1
+    assert request.read_args([values], {"preset": {"freeu": "Auto"}}).freeu_b1 == 1
+    with pytest.raises(SettingError, match=r"freeu_b1"):
+        request.read_args([FULL], {"freeu_b1": 1.3})
+
+
+@pytest.mark.parametrize("experts", ["animals", ["animals"], 5])
+def test_a_plot_over_malformed_experts_is_refused(experts: object) -> None:
+    with pytest.raises(SettingError, match=r"^experts"):
+        request.read_args([{"experts": experts}], {"k_expert": "3"})

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from tests.webui_live.client import Client
+from tests.webui_live.client import PICTURE, Client, expert
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import Host
 from tests.webui_live.test_lifecycle import reload_ui
 
 SECONDS = 1000
 PANEL = "#script_{tab}_denoiser_fusion"
+FILL_X = "#xyz_grid_fill_x_tool_button"
+#: How many pictures the gallery shows.
+SHOWN = "new Set([...document.querySelectorAll('#txt2img_gallery img')].map(image => image.src)).size"
+#: What of the panel is wider than the page.
+WIDER = """panel => [...document.querySelectorAll(`${panel}_enable *`)].filter(
+    element => element.offsetParent && element.getBoundingClientRect().right > window.innerWidth).map(e => e.id)"""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +63,7 @@ def set_number(page: Any, element: str, value: int) -> None:
     box.dispatch_event("change")
 
 
-def choose(page: Any, element: str, option: str) -> None:
+def choose(page: Any, element: str, option: str | re.Pattern) -> None:
     page.locator(f"{element} input").first.click()
     page.locator(f"{element} ul li", has_text=option).first.click()
 
@@ -170,15 +181,145 @@ def test_compare(page: Any, client: Client, names: Names) -> None:
     panel = PANEL.format(tab="txt2img")
     info = page.locator("#html_info_txt2img").first
     page.locator(f"{panel}_compare_button").click()
-    shown = "new Set([...document.querySelectorAll('#txt2img_gallery img')].map(image => image.src)).size"
-    page.wait_for_function(f"{shown} == 2")
+    page.wait_for_function(f"{SHOWN} == 2")
     page.wait_for_function("document.querySelector('#html_info_txt2img').innerText.includes('Fusion method: SNB')")
     before = info.inner_text()
     assert not page.locator(f"{panel}_compare input").is_checked()
     page.locator("#txt2img_seed input").fill("2")
     generate(page)
     assert info.inner_text() != before
-    page.wait_for_function(f"{shown} == 1")
+    page.wait_for_function(f"{SHOWN} == 1")
+
+
+def open_tab(page: Any, name: str) -> None:
+    page.locator(f"{PANEL.format(tab='txt2img')}_tabs button", has_text=name).first.click()
+
+
+def press_radio(page: Any, element: str, option: str) -> None:
+    page.locator(f"{element} label", has_text=option).first.click()
+
+
+def test_three_by_three(page: Any, client: Client, names: Names) -> None:
+    """A plot as a person sets it up, one axis filled from the list; each cell is what the API draws by itself."""
+    client.draw(model=names.base)
+    prepare(page, PICTURE["prompt"], steps=8)
+    page.locator("#txt2img_neg_prompt textarea").fill(PICTURE["negative_prompt"])
+    choose(page, "#txt2img_sampling", re.compile(r"Euler\s*$"))
+    set_number(page, "#txt2img_cfg_scale", PICTURE["cfg_scale"])
+    enable(page, names.expert)
+    panel, plot = PANEL.format(tab="txt2img"), "#script_txt2img_xyz_plot"
+    open_tab(page, "AFA")
+    choose(page, f"{panel}_afa_maps", "uniform")
+    open_tab(page, "Skipping")
+    press_radio(page, f"{panel}_skipping", "Forecast")
+    page.locator(f"{panel}_skip_warmup input").fill("3")
+    choose(page, "#txt2img_script_container #script_list", "X/Y/Z plot")
+    page.locator(f"{plot}_x_type").wait_for(state="visible")
+    choose(page, f"{plot}_x_type", "[Fusion] Method")
+    page.locator(f"#txt2img_script_container {FILL_X}").click()
+    page.locator("#txt2img_script_container .token:has-text('AFA')").wait_for()
+    choose(page, f"{plot}_y_type", "[Fusion] Skip tolerance")
+    page.locator(f"{plot}_y_values textarea").fill("0, 0.15, 10")
+    page.locator(f"{plot}_include_lone_images input").check()
+    generate(page)
+    page.wait_for_function(f"{SHOWN} == 10")
+    sources = page.evaluate("[...new Set([...document.querySelectorAll('#txt2img_gallery img')].map(i => i.src))]")
+    images = [Image.open(io.BytesIO(page.request.get(source).body())) for source in sources[-9:]]
+    fusion = expert(names.expert, afa_maps="uniform", skipping="Forecast", skip_warmup=3)
+    cells = [(tolerance, method) for tolerance in (0, 0.15, 10) for method in ("SNB", "Average", "AFA")]
+    for image, (tolerance, method) in zip(images, cells, strict=True):
+        single = client.draw({**fusion, "method": method, "skip_tolerance": tolerance}, steps=8)
+        assert np.array_equal(np.asarray(image.convert("RGB")), single.pixels[0]), (method, tolerance)
+        assert f"Fusion method: {method}" in image.info["parameters"]
+
+
+#: What the page shows of a control: with these choices, these and not those.
+CHOICES = [
+    ("Blend", "method", "Average", ["snb_window_start", "snb_outside"], ["snb_saliency", "k_general", "snb_hold"]),
+    ("Blend", "method", "SNB", ["snb_saliency", "k_general", "k_expert", "snb_hold"], []),
+    ("AFA", "", "", ["afa_aggregator", "afa_unused"], []),
+    ("Blend", "method", "AFA", ["snb_window_end"], ["k_expert"]),
+    ("AFA", "", "", ["afa_aggregator", "afa_maps", "afa_force"], ["afa_unused"]),
+    ("FreeU", "", "", ["freeu"], ["freeu_version", "freeu_custom", "freeu_start", "freeu_models"]),
+    ("FreeU", "freeu", "SD1.5", ["freeu_version", "freeu_start", "freeu_models"], ["freeu_custom"]),
+    ("FreeU", "freeu", "Custom", ["freeu_b1", "freeu_custom"], []),
+    ("Skipping", "", "", ["skipping", "skip_faithful"], ["skip_tolerance", "skip_threshold", "skip_max"]),
+    ("Skipping", "skipping", "Forecast", ["skip_tolerance", "skip_max", "skip_warmup"], ["skip_threshold"]),
+    ("Skipping", "skipping", "Paper", ["skip_threshold", "skip_max"], ["skip_tolerance", "skip_warmup"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_only_what_is_of_use_is_shown(browser: Any, host: Host, client: Client, names: Names, theme: str) -> None:
+    """By whatever way it was chosen, at 800 pixels, where nothing is wider than the page; values stay."""
+    page = open_page(browser, host, theme)
+    page.set_viewport_size({"width": 800, "height": 1180})
+    panel = PANEL.format(tab="txt2img")
+    enable(page, names.expert)
+    open_tab(page, "Blend")
+    page.locator(f"{panel}_snb_hold input[type=number]").fill("700")
+    for tab, control, choice, shown, hidden in CHOICES:
+        open_tab(page, tab)
+        if control == "freeu":
+            choose(page, f"{panel}_{control}", choice)
+        elif control:
+            press_radio(page, f"{panel}_{control}", choice)
+        for name in shown:
+            page.locator(f"{panel}_{name}").first.wait_for(state="visible")
+        for name in hidden:
+            page.locator(f"{panel}_{name}").first.wait_for(state="hidden")
+        assert page.evaluate(WIDER, panel) == []
+    assert page.locator(f"{panel}_snb_hold input[type=number]").input_value() == "700"
+    choose(page, f"{panel}_preset", "Held mask")
+    page.locator(f"{panel}_preset_apply").click()
+    open_tab(page, "Blend")
+    page.locator(f"{panel}_snb_hold").wait_for(state="visible")
+    page.close()
+
+
+def test_defaults_of_ones_own_are_shown_too(browser: Any, client: Client, host: Host) -> None:
+    """The host's ui-config.json knows nothing of what the page hides, and the panel may begin with other choices."""
+    file = host.data / "ui-config.json"
+    before = file.read_text("utf-8")
+    values = json.loads(before)
+    ours = {key: value for key, value in values.items() if key.startswith("customscript/denoiser_fusion.py/")}
+    assert all(value is True for key, value in ours.items() if key.endswith("/visible"))
+    changed = {f"customscript/denoiser_fusion.py/txt2img/{name}/value": choice
+               for name, choice in (("FreeU", "Custom"), ("Method", "Average"))}  # fmt: skip
+    assert set(changed) <= set(ours)
+    file.write_text(json.dumps({**values, **changed}), "utf-8")
+    try:
+        reload_ui(client, host)
+        page = open_page(browser, host, "light")
+        panel = PANEL.format(tab="txt2img")
+        page.locator(f"{panel}_enable .label-wrap").first.click()
+        open_tab(page, "FreeU")
+        page.locator(f"{panel}_freeu_b3").wait_for(state="visible")
+        open_tab(page, "Blend")
+        page.locator(f"{panel}_snb_window_start").wait_for(state="visible")
+        page.locator(f"{panel}_snb_hold").wait_for(state="hidden")
+        page.close()
+    finally:
+        file.write_text(before, "utf-8")
+        reload_ui(client, host)
+
+
+def test_by_keyboard(page: Any, client: Client, names: Names) -> None:
+    """Tab reaches the folds, which open by key, and hidden controls are passed over."""
+    enable(page, names.expert)
+    panel = PANEL.format(tab="txt2img")
+    fold = page.locator(f"{panel}_expert2 .label-wrap")
+    fold.focus()
+    page.keyboard.press("Enter")
+    page.locator(f"{panel}_expert2_prompt textarea").wait_for(state="visible")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('[id$=expert2_checkpoint]') !== null")
+    open_tab(page, "Blend")
+    press_radio(page, f"{panel}_method", "Average")
+    page.locator(f"{panel}_snb_hold").wait_for(state="hidden")
+    page.locator(f"{panel}_method input:checked").focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('[id$=snb_window_start]') !== null")
 
 
 def test_reload(page: Any, client: Client, host: Host, names: Names) -> None:
@@ -231,5 +372,7 @@ def test_in_chinese(browser: Any, client: Client, host: Host, names: Names) -> N
         wait_for_text(page, f"{panel}_snb_hold", "掩码")
         wait_for_text(page, f"{panel}_enable .denoiser-fusion-badge", f"SNB: {names.expert}")
         shoot(page, host, "zh")
+        press_radio(page, f"{panel}_method", "平均")
+        page.locator(f"{panel}_snb_hold").wait_for(state="hidden")
         page.close()
     reload_ui(client, host)

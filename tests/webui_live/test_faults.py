@@ -325,7 +325,7 @@ def test_every_hook_and_callback_breaks_once(client: Client, names: Names, unhur
 
 
 #: What happens when the pictures are there already.
-AFTER = [(W + "script:gallery.add_masks", {"denoiser_fusion_preview": True}, {}, "preview"),
+AFTER = [(W + "script:gallery.add_previews", {"denoiser_fusion_preview_masks": True}, {}, "preview"),
          (W + "script:compare.add_comparison", {}, {"compare": True}, "comparison"),
          (W + "compare:images.draw_grid_annotations", {}, {"compare": True}, "comparison"),
          (W + "script:runtime.drop_leftovers", {}, {}, "")]  # fmt: skip

@@ -107,9 +107,10 @@ def test_other_kind_of_base_frees_experts(client: Client, names: Names) -> None:
 
 def test_reloading_the_ui_stacks_nothing(client: Client, host: Host, names: Names) -> None:
     off, on = client.draw(), client.draw(expert(names.expert))
-    before = client.state()
+    before, axes = client.state(), fusion_axes(client)
     for times in range(10):
         reload_ui(client, host)
+        assert fusion_axes(client) == axes
         assert client.fusion()["experts"] == []
         assert client.state()["callbacks"] == before["callbacks"]
         if times in (0, 9):
@@ -122,6 +123,15 @@ def test_no_errors_in_the_log(host: Host, client: Client) -> None:
     client.state()
     lines = [line for line in host.log.splitlines() if "denoiser" in line and "Error" in line]
     assert lines == []
+
+
+def fusion_axes(client: Client) -> list[list[str]]:
+    """The X/Y/Z plot's axes of ours in both tabs, each once and in its order."""
+    plots = [script for script in client.ask("/sdapi/v1/script-info") if script["name"] == "x/y/z plot"]
+    axes = [[label for label in plot["args"][0]["choices"] if "[Fusion]" in label] for plot in plots]
+    assert axes[0] == axes[1]
+    assert len(axes[0]) == len(set(axes[0])) > 0
+    return axes
 
 
 def press(client: Client, label: str) -> None:
