@@ -17,7 +17,8 @@ UNIFORM = expert(COPY, method="AFA", afa_maps="uniform")
 LARGE = {"width": 256, "height": 256, "steps": 3}
 OPTIONS = {
     "token merging": {"token_merging_ratio": 0.5},
-    "hypertile": {"hypertile_enable_unet": True, "hypertile_max_tile_unet": 128},  # cut alike at every call
+    # Of one swap size, for then it cuts alike at every call.
+    "hypertile": {"hypertile_enable_unet": True, "hypertile_max_tile_unet": 128, "hypertile_swap_size_unet": 1},
 }
 
 

@@ -19,6 +19,9 @@ from tests.webui_live.client import TITLE, Client, Pictures, RefusedError, decod
 from tests.webui_live.host import EXTENSION, Host, NoHostError, find_host, make_checkpoints, prepare_data
 from tests.webui_live.test_identity import picture
 
+#: Two WebUIs with all of them are started before the first test.
+pytestmark = pytest.mark.timeout(900)
+
 FOLDER = Path(os.environ.get("FUSION_TEST_EXTENSIONS") or Path.home() / "webui-extensions")
 #: Folder in the WebUI -> title of its script.
 EXTENSIONS = {"sd-webui-controlnet": "ControlNet", "adetailer": "ADetailer", "sd-webui-freeu": "FreeU",
