@@ -119,7 +119,7 @@ def test_convert_command(tmp_path, capsys):
     argv = ["convert-afa", "--source", str(tmp_path / "official.safetensors"), "--model", str(ANIMALS),
             "--model", str(VEHICLES), "--heads", "2", "--out", str(out)]  # fmt: skip
     assert main(argv) == 0
-    assert "animals + vehicles (sd1, N = 2, hidden 8, layers 1)" in capsys.readouterr().out
+    assert "animals + vehicles (sd1, N = 2, hidden 12, layers 1)" in capsys.readouterr().out
     assert all(torch.equal(value, tensors[key]) for key, value in load_file(out).items())
     assert main([*argv[:3], *argv[5:]]) == 2
     assert "for 2 models, 1 checkpoints" in capsys.readouterr().err

@@ -186,7 +186,7 @@ def test_nothing_is_written_outside_and_nothing_unpickled(client: Client, host: 
     client.ask("/probe/watch", on=True)
     fusions = [expert(names.expert, compare=True), expert(names.expert, method="AFA", afa_maps="uniform"),
                expert("tiny_xl"), {"freeu": "Custom", "freeu_b3": 1.2, "skipping": "Forecast"}]  # fmt: skip
-    with client.settings({"samples_save": True, "grid_save": True, "denoiser_fusion_preview": True}):
+    with client.settings({"samples_save": True, "grid_save": True, "denoiser_fusion_preview_masks": True}):
         for fusion in fusions:
             post(client, {**TINY, "save_images": True, "alwayson_scripts": {TITLE: {"args": [fusion]}}})
     events = client.ask("/probe/watch", on=False)
