@@ -193,12 +193,16 @@ def test_inert_outside_steps_and_after_a_refiner(sampling: Any) -> None:
     fusion = make_pass(sampling, step, expert)
     fusion.attach()
     told = {"c_crossattn": [step.context], "c_concat": []}
+    with pytest.raises(ValueError, match="tells of no steps"):  # rather than a picture without the expert
+        step.model.apply_model(step.x, torch.full((4,), 500.0), told)
+    step.run(fusion, (4,))
+    assert expert.calls == 1
     step.model.apply_model(step.x, torch.full((4,), 500.0), told)
-    assert expert.calls == 0
+    assert expert.calls == 1
     step.model.sd_checkpoint_info = SimpleNamespace(filename="refiner", name_for_extra="refiner")
     plain = step.x - step.sigma[:, None, None, None] * step.raw(base)
     torch.testing.assert_close(step.run(fusion, (4,)), plain)
-    assert expert.calls == 0
+    assert expert.calls == 1
     assert fusion.refined
 
 
