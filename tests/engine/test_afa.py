@@ -70,7 +70,7 @@ def test_the_demos_files_belong_to_its_checkpoints(file):
     card = read_card(DEMO / f"{file}.safetensors")
     card.check([model_of(DEMO / f"{name}.safetensors") for name in ENSEMBLES[file]])
     assert card.training["steps"] > 100
-    assert (DEMO / f"{file}.safetensors").stat().st_size < 300_000
+    assert (DEMO / f"{file}.safetensors").stat().st_size < 400_000  # all of demo/ stays under 24 MB
 
 
 def test_window_and_counts(pair):
@@ -119,7 +119,7 @@ def test_convert_command(tmp_path, capsys):
     argv = ["convert-afa", "--source", str(tmp_path / "official.safetensors"), "--model", str(ANIMALS),
             "--model", str(VEHICLES), "--heads", "2", "--out", str(out)]  # fmt: skip
     assert main(argv) == 0
-    assert "animals + vehicles (sd1, N = 2, hidden 12, layers 1)" in capsys.readouterr().out
+    assert "animals + vehicles (sd1, N = 2, hidden 8, layers 1)" in capsys.readouterr().out
     assert all(torch.equal(value, tensors[key]) for key, value in load_file(out).items())
     assert main([*argv[:3], *argv[5:]]) == 2
     assert "for 2 models, 1 checkpoints" in capsys.readouterr().err
