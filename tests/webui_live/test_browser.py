@@ -184,7 +184,7 @@ def test_compare(page: Any, client: Client, names: Names) -> None:
     page.wait_for_function(f"{SHOWN} == 2")
     page.wait_for_function("document.querySelector('#html_info_txt2img').innerText.includes('Fusion method: SNB')")
     before = info.inner_text()
-    assert not page.locator(f"{panel}_compare input").is_checked()
+    page.wait_for_function(f"!document.querySelector('{panel}_compare input').checked")  # for one press only
     page.locator("#txt2img_seed input").fill("2")
     generate(page)
     assert info.inner_text() != before
@@ -219,7 +219,10 @@ def test_three_by_three(page: Any, client: Client, names: Names) -> None:
     page.locator(f"#txt2img_script_container {FILL_X}").click()
     page.locator("#txt2img_script_container .token:has-text('AFA')").wait_for()
     choose(page, f"{plot}_y_type", "[Fusion] Skip tolerance")
+    page.wait_for_timeout(3 * SECONDS)  # a chosen axis empties its values when the host answers
     page.locator(f"{plot}_y_values textarea").fill("0, 0.15, 10")
+    page.wait_for_timeout(SECONDS)
+    assert page.locator(f"{plot}_y_values textarea").input_value() == "0, 0.15, 10"
     page.locator(f"{plot}_include_lone_images input").check()
     generate(page)
     page.wait_for_function(f"{SHOWN} == 10")

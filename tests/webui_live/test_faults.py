@@ -245,7 +245,7 @@ def test_a_prediction_that_is_no_number_is_named(
 def test_out_of_memory(client: Client, names: Names, unhurt: None, kind: str) -> None:
     """The experts are unloaded, so that the next picture has room, and the sentence says what can be done."""
     client.ask("/probe/state")
-    places = [("experts:load_unet", 1), ("text:put_weights", 1), ("sampling:FusionPass.attach", 1)]
+    places = [("experts:load_unet", 1), ("encoders:put_weights", 1), ("sampling:FusionPass.attach", 1)]
     places += [("sampling:FusionPass._run_expert", call) for call in (1, 3)]
     for target, call in places:
         client.draw(expert(names.copy), **SMALL)  # another expert is loaded
@@ -276,7 +276,8 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
     *[(W + f"experts:{name}", 1, TWO, {}) for name in (
         "ExpertCache.acquire", "check_fits", "load_unet", "read_weights", "check_finite", "built_as_told")],
     *[(W + f"text:{name}", 1, TWO, {}) for name in (
-        "TextCache.tell", "prompts_of", "encode", "clone_module", "put_weights", "strip_loras")],
+        "TextCache.tell", "prompts_of", "encode")],
+    *[(W + f"encoders:{name}", 1, TWO, {}) for name in ("clone_module", "put_weights", "strip_loras")],
     # callbacks and the wrapper of apply_model, at the first call and in the middle
     *[(W + f"sampling:{name}", call, TWO, {}) for call in (1, 3) for name in (
         "FusionPass.begin_step", "FusionPass.apply_model", "FusionPass.end_step", "FusionPass._fuse",
