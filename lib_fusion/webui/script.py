@@ -37,6 +37,8 @@ class Job:
     """
 
     settings: FusionSettings | None = None
+    #: What the same request had asked for when it was read before.
+    before: FusionSettings | None = None
     error: Exception | None = None
     names: list[str] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
@@ -61,7 +63,7 @@ class Job:
 def before(p: Any, args: Sequence[Any]) -> None:
     """Before the host changes the request: keeps it, where a comparison is asked for."""
     p.__dict__.pop(KEPT, None)
-    job = Job(error=UNREAD)
+    job = Job(before=getattr(getattr(p, ATTRIBUTE, None), "settings", None), error=UNREAD)
     setattr(p, ATTRIBUTE, job)
     try:
         if COMPARE.read(values_of(args).get(COMPARE.key, False)) and not hasattr(p, compare.OVERRIDE):
@@ -73,7 +75,7 @@ def before(p: Any, args: Sequence[Any]) -> None:
 def begin(p: Any, args: Sequence[Any]) -> None:
     """Reads the request and writes its infotext. Never raises: the host would go on without the effect."""
     job: Job = p.__dict__.setdefault(ATTRIBUTE, Job())
-    before, params = job.settings, p.extra_generation_params
+    before, params = job.settings or job.before, p.extra_generation_params
     try:
         runtime.drop_leftovers()
         told = {key: params.pop(key) for key in infotext_keys() if key in params}  # an XYZ plot's cells share it
