@@ -75,7 +75,7 @@ def before(p: Any, args: Sequence[Any]) -> None:
 def begin(p: Any, args: Sequence[Any]) -> None:
     """Reads the request and writes its infotext. Never raises: the host would go on without the effect."""
     job: Job = p.__dict__.setdefault(ATTRIBUTE, Job())
-    before, params = job.settings or job.before, p.extra_generation_params
+    earlier, params = job.settings or job.before, p.extra_generation_params
     try:
         runtime.drop_leftovers()
         told = {key: params.pop(key) for key in infotext_keys() if key in params}  # an XYZ plot's cells share it
@@ -91,7 +91,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
             ]
             job.names = [info.name for info in infos]
             params.update(write_infotext(job.settings, job.names))
-            if before == job.settings:
+            if earlier == job.settings:
                 params.update({**told, **params})  # ADetailer begins once more, between a picture and its infotext
         if job.error is UNREAD:
             job.error = None
