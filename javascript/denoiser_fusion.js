@@ -104,6 +104,7 @@
             if (tabs) tabs.addEventListener('input', () => setTimeout(look, 50));
             setupFolds(tab);
             setupCompare(tab);
+            renewMemory(tab);
             const log = gradioApp().querySelector(`#html_log_${tab}`);
             if (log) new MutationObserver(() => renewMemory(tab)).observe(log, {childList: true, subtree: true});
         }

@@ -40,3 +40,11 @@ def one_line(text: str) -> str:
 
 class CheckpointError(FusionError):
     """A checkpoint file can't be used; says what was found in it."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the machine has no memory left, in the words of torch's several backends."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )

@@ -29,15 +29,22 @@ def alone(settings: FusionSettings, expert: int) -> FusionSettings:
     return FusionSettings(experts=(settings.experts[expert],), snb_window=(0.0, 0.0), snb_outside="expert")
 
 
+def column_titles(names: list[str]) -> list[str]:
+    """The grid's columns: the base, the experts by their files' names, numbered where two have the same, the fusion."""
+    stems = [Path(name).stem for name in names]
+    numbered = [f"{stem} ({i})" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems, start=1)]
+    return ["base", *numbered, "fusion"]
+
+
 def add_comparison(p: Any, processed: Any, kept: Any, settings: FusionSettings, names: list[str]) -> None:
     """Draws what is missing and puts the grid before all other pictures; an interrupt leaves it out."""
     first = processed.index_of_first_image
     count = len(processed.infotexts) - first
     each = (len(processed.images) - first) // max(count, 1)
-    ways = {"base": None} | {Path(name).stem: alone(settings, i) for i, name in enumerate(names)}
+    ways = [None, *(alone(settings, i) for i in range(len(names)))]
     columns = []
     shared.state.job_count += len(ways) * p.n_iter
-    for way in ways.values():
+    for way in ways:
         single = copy.copy(kept)
         single.extra_generation_params = {}
         single.do_not_save_samples = single.do_not_save_grid = True
@@ -49,7 +56,7 @@ def add_comparison(p: Any, processed: Any, kept: Any, settings: FusionSettings, 
     columns.append(processed.images[first::each][:count])
     cells = [column[i] for i in range(count) for column in columns]
     width, height = cells[0].size
-    titles = [[images.GridAnnotation(name)] for name in (*ways, "fusion")]
+    titles = [[images.GridAnnotation(name)] for name in column_titles(names)]
     seeds = [[images.GridAnnotation(f"seed {seed}")] for seed in p.all_seeds[:count]]
     grid = images.draw_grid_annotations(images.image_grid(cells, rows=count), width, height, titles, seeds)
     text = processed.infotexts[first]

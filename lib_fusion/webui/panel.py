@@ -59,6 +59,8 @@ SHOWN_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
 MOST_STOPS = 1000
 #: More choices than this are a list to open.
 MOST_BUTTONS = 4
+#: For events of ours: Gradio waits for ever for a queued one whose page has gone, and *Reload UI* with it.
+AT_ONCE = {"show_progress": False, "queue": False}
 
 
 @dataclass
@@ -150,8 +152,8 @@ def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_i
         except FusionError as error:
             return html.escape(str(error))
 
-    file.input(on_choice, inputs=[file], outputs=[method, *chosen], show_progress=False)
-    file.change(on_change, inputs=[file], outputs=[told], show_progress=False)
+    file.input(on_choice, inputs=[file], outputs=[method, *chosen], **AT_ONCE)
+    file.change(on_change, inputs=[file], outputs=[told], **AT_ONCE)
 
 
 def build_freeu(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
@@ -179,7 +181,7 @@ def build_freeu(place: Callable[..., None], controls: dict[str, list[Any]], elem
         return [describe_freeu(name, number), *factors]
 
     for control in (preset, version):
-        control.change(on_change, inputs=[preset, version], outputs=[told, *published], show_progress=False)
+        control.change(on_change, inputs=[preset, version], outputs=[told, *published], **AT_ONCE)
 
 
 def describe_freeu(name: str, version: str) -> str:
@@ -208,7 +210,7 @@ def build_skipping(place: Callable[..., None], controls: dict[str, list[Any]], e
     targets = [controls[key][0] for key in ("skipping", "skip_tolerance", "skip_max")]
     for name, button in buttons.items():
         values = ["Forecast", SKIP_PRESETS[name]["skip_tolerance"], SKIP_PRESETS[name]["skip_max"]]
-        button.click(lambda values=values: values, outputs=targets, show_progress=False)
+        button.click(lambda values=values: values, outputs=targets, **AT_ONCE)
 
 
 def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
@@ -245,11 +247,11 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
             done = str(error)
         return [gr.update(choices=names_of(store)), done]
 
-    apply.click(on_apply, inputs=[chosen], outputs=[*inputs, told], show_progress=False)
-    save.click(on_save, inputs=[chosen, *inputs], outputs=[chosen, told], show_progress=False)
+    apply.click(on_apply, inputs=[chosen], outputs=[*inputs, told], **AT_ONCE)
+    save.click(on_save, inputs=[chosen, *inputs], outputs=[chosen, told], **AT_ONCE)
     delete.click(lambda name: act(lambda: store.delete(name), f"Deleted: {name}"), inputs=[chosen],
-                 outputs=[chosen, told], show_progress=False)  # fmt: skip
-    refresh.click(lambda: act(lambda: None, ""), outputs=[chosen, told], show_progress=False)
+                 outputs=[chosen, told], **AT_ONCE)  # fmt: skip
+    refresh.click(lambda: act(lambda: None, ""), outputs=[chosen, told], **AT_ONCE)
 
 
 def build_foot(elem_id: Callable[[str], str]) -> Any:
@@ -258,7 +260,7 @@ def build_foot(elem_id: Callable[[str], str]) -> Any:
     Returned is the comparison's switch, which the page sets for one press of *Generate*.
     """
     with gr.Row(elem_classes=["denoiser-fusion-row", "denoiser-fusion-memory"]):
-        shown = gr.HTML(runtime.describe_memory, elem_id=elem_id("memory"), elem_classes=["denoiser-fusion-told"])
+        shown = gr.HTML(runtime.describe_memory(), elem_id=elem_id("memory"), elem_classes=["denoiser-fusion-told"])
         look = tool("🔄", "Show the memory in use", elem_id("memory_refresh"))
         gr.Button("Compare", size="sm", elem_id=elem_id("compare_button"), tooltip=COMPARE.help)
         compare = gr.Checkbox(label="Compare", value=False, elem_id=elem_id(COMPARE.key),
@@ -271,8 +273,8 @@ def build_foot(elem_id: Callable[[str], str]) -> Any:
         runtime.free()
         return runtime.describe_memory()
 
-    look.click(runtime.describe_memory, outputs=[shown], show_progress=False)
-    free.click(call_queue.wrap_queued_call(on_free), outputs=[shown], show_progress=False)
+    look.click(runtime.describe_memory, outputs=[shown], **AT_ONCE)
+    free.click(call_queue.wrap_queued_call(on_free), outputs=[shown], **AT_ONCE)
     return compare
 
 

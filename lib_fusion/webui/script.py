@@ -13,7 +13,7 @@ from lib_fusion.errors import FusionError, one_line
 from lib_fusion.infotext import infotext_keys, write_infotext
 from lib_fusion.records import Records
 from lib_fusion.settings import COMPARE, FusionSettings
-from lib_fusion.webui import compare, gallery, sampling, xyz
+from lib_fusion.webui import compare, gallery, launch, sampling, xyz
 from lib_fusion.webui.aggregators import complete
 from lib_fusion.webui.experts import find_checkpoint
 from lib_fusion.webui.refusal import RequestRefusedError
@@ -118,7 +118,7 @@ def wrap_sampler(p: Any) -> None:
             job.begin_batch()
         if job.settings.passes == ("first" if is_hires else "hires") and _has_pass(p, job):
             return original(steps, func)
-        samples, record = sampling.launch(runtime, p, job.settings, sampler, lambda: original(steps, func))
+        samples, record = launch.launch(runtime, p, job.settings, sampler, lambda: original(steps, func))
         job.add(record)
         _tell(p, job, record)
         return samples

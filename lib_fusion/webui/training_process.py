@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_fusion.__main__ import COMMANDS, build_parser, read_device, run_cache
-from lib_fusion.errors import FusionError
+from lib_fusion.errors import FusionError, is_out_of_memory
 from lib_fusion.webui.jobs import JOB, STATE, Job, write_json
 
 #: What may help where memory does not suffice.
@@ -80,7 +80,7 @@ def describe(error: Exception) -> str:
     if isinstance(error, FusionError):
         return str(error)
     first = (str(error).splitlines() or [""])[0]
-    hint = f" ({MEMORY_HINT})" if isinstance(error, MemoryError) or "out of memory" in first else ""
+    hint = f" ({MEMORY_HINT})" if is_out_of_memory(error) else ""
     return f"{type(error).__name__}: {first}{hint}"
 
 

@@ -15,6 +15,7 @@ from lib_fusion.settings import Parameter
 from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
 from lib_fusion.webui import experts, training, training_view
 from lib_fusion.webui.jobs import EVALUATION
+from lib_fusion.webui.panel import AT_ONCE
 
 TITLE, IDENTITY = "Fusion training", "denoiser_fusion_training"
 #: Rows in full view; the others are folded away.
@@ -79,13 +80,11 @@ def connect(buttons: dict[str, Any], name: Any, controls: list[Any], told: Any, 
         chosen = store.running() or (names[0] if names else "")
         return [gr.update(value=chosen, choices=names), *form(chosen), *view(chosen)]
 
-    # Not in the queue: its web sockets, renewed as the page looks again and again, could keep a UI reload waiting.
-    common = {"show_progress": False, "queue": False}
-    buttons["start"].click(on_start, inputs=[name, *controls], outputs=[name, told, *shown], **common)
-    buttons["stop"].click(on_stop, inputs=[name], outputs=[told, *shown], **common)
-    buttons["look"].click(view, inputs=[name], outputs=shown, **common)
-    buttons["enter"].click(on_enter, outputs=[name, *controls, *shown], **common)
-    name.input(lambda chosen: [*form(chosen), *view(chosen)], inputs=[name], outputs=[*controls, *shown], **common)
+    buttons["start"].click(on_start, inputs=[name, *controls], outputs=[name, told, *shown], **AT_ONCE)
+    buttons["stop"].click(on_stop, inputs=[name], outputs=[told, *shown], **AT_ONCE)
+    buttons["look"].click(view, inputs=[name], outputs=shown, **AT_ONCE)
+    buttons["enter"].click(on_enter, outputs=[name, *controls, *shown], **AT_ONCE)
+    name.input(lambda chosen: [*form(chosen), *view(chosen)], inputs=[name], outputs=[*controls, *shown], **AT_ONCE)
 
 
 def build_form() -> tuple[Any, list[Any]]:

@@ -258,20 +258,24 @@ def test_controlnets_marker_is_taken_off(sampling: Any) -> None:
     ],
 )
 def test_levels_of_a_pass(sampling: Any, arguments: dict, levels: list[float]) -> None:
-    assert sampling.levels_of(arguments, 2) == pytest.approx(levels)
+    from lib_fusion.webui.launch import levels_of
+
+    assert levels_of(arguments, 2) == pytest.approx(levels)
 
 
 def test_levels_are_told_and_the_samplers_function_comes_back(sampling: Any) -> None:
     def function(model: Any, x: Any, sigmas: torch.Tensor) -> Any:
         return x
 
+    from lib_fusion.webui.launch import told_levels
+
     sampler = SimpleNamespace(func=function, model_wrap_cfg=SimpleNamespace(steps=2))
     fusion = sampling.FusionSession(FusionSettings(freeu="Auto", freeu_start=0.5))
-    with sampling.told_levels(sampler, fusion):
+    with told_levels(sampler, fusion):
         assert sampler.func(None, 5, sigmas=torch.tensor([8.0, 2.0, 0.0])) == 5
     assert sampler.func is function
     assert fusion.levels == [8, 2, 0]
-    with sampling.told_levels(sampler, sampling.FusionSession(FusionSettings())):
+    with told_levels(sampler, sampling.FusionSession(FusionSettings())):
         assert sampler.func is function
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,34 @@ def browser() -> Iterator[Any]:
 def page(browser: Any, host: Host) -> Iterator[Any]:
     page = open_page(browser, host, "light")
     yield page
+    close_page(page)
+
+
+def close_page(page: Any) -> None:
+    """Closes a page once the host has answered it.
+
+    Gradio (3.41) waits for ever for a queued event whose page has gone, and *Reload UI* with it.
+    """
+    wait_for_answers(page)
     page.close()
+
+
+def wait_for_answers(page: Any) -> None:
+    """Until the host has answered all that the page has put into its queue: each has a web socket."""
+    deadline = time.monotonic() + 60
+    while page.open_sockets and time.monotonic() < deadline:
+        page.wait_for_timeout(SECONDS // 10)
 
 
 def open_page(browser: Any, host: Host, theme: str) -> Any:
     page = browser.new_page(viewport={"width": 1280, "height": 1180})
+    page.open_sockets = sockets = set()
+
+    def on_socket(socket: Any) -> None:
+        sockets.add(socket)
+        socket.on("close", lambda _: sockets.discard(socket))
+
+    page.on("websocket", on_socket)
     page.set_default_timeout(60 * SECONDS)
     page.goto(f"{host.url}/?__theme={theme}")
     page.wait_for_selector("#txt2img_generate")
@@ -277,7 +301,7 @@ def test_only_what_is_of_use_is_shown(browser: Any, host: Host, client: Client, 
     page.locator(f"{panel}_preset_apply").click()
     open_tab(page, "Blend")
     page.locator(f"{panel}_snb_hold").wait_for(state="visible")
-    page.close()
+    close_page(page)
 
 
 def test_defaults_of_ones_own_are_shown_too(browser: Any, client: Client, host: Host) -> None:
@@ -301,7 +325,7 @@ def test_defaults_of_ones_own_are_shown_too(browser: Any, client: Client, host: 
         open_tab(page, "Blend")
         page.locator(f"{panel}_snb_window_start").wait_for(state="visible")
         page.locator(f"{panel}_snb_hold").wait_for(state="hidden")
-        page.close()
+        close_page(page)
     finally:
         file.write_text(before, "utf-8")
         reload_ui(client, host)
@@ -326,6 +350,7 @@ def test_by_keyboard(page: Any, client: Client, names: Names) -> None:
 
 
 def test_reload(page: Any, client: Client, host: Host, names: Names) -> None:
+    wait_for_answers(page)
     page.evaluate("document.querySelector('#settings_restart_gradio').click()")
     host.wait()
     page.wait_for_selector("#txt2img_generate")
@@ -354,7 +379,7 @@ def take_screenshot(browser: Any, host: Host, names: Names, theme: str) -> None:
     if theme == "dark":
         page.locator(f"{PANEL.format(tab='txt2img')}_tabs button", has_text="Blend").click()
     shoot(page, host, theme)
-    page.close()
+    close_page(page)
 
 
 def shoot(page: Any, host: Host, name: str) -> None:
@@ -377,5 +402,5 @@ def test_in_chinese(browser: Any, client: Client, host: Host, names: Names) -> N
         shoot(page, host, "zh")
         press_radio(page, f"{panel}_method", "平均")
         page.locator(f"{panel}_snb_hold").wait_for(state="hidden")
-        page.close()
+        close_page(page)
     reload_ui(client, host)

@@ -34,6 +34,16 @@ def test_cells_are_what_each_draws_alone(client: Client, names: Names, changes: 
             assert np.array_equal(grid[y : y + height, x : x + width], pictures.pixels[row]), (row, column)
 
 
+def test_a_checkpoint_with_two_prompts_has_two_columns(client: Client, names: Names) -> None:
+    experts = [{"checkpoint": names.expert, "prompt": text} for text in ("a house", "a fox")]
+    alone = [client.draw({"experts": [one], **ALONE}).pixels[0] for one in experts]
+    grid = client.draw({"experts": experts, "compare": True}).first
+    height, width, _ = alone[0].shape
+    for column, picture in zip((3, 2), alone, strict=True):  # from the right
+        x = grid.shape[1] - column * width
+        assert np.array_equal(grid[-height:, x : x + width], picture)
+
+
 def test_a_seed_of_chance_is_the_same_for_all(client: Client, names: Names) -> None:
     compared = client.draw({**expert(names.base), "compare": True}, seed=-1)
     height, width, _ = compared.pixels[0].shape

@@ -129,7 +129,7 @@ def safetensors(shapes: dict[str, list[int]], prefix: str = "model.diffusion_mod
 
 def test_expert_file_is_deleted_while_it_is_loaded(client: Client, victim: Path, unhurt: None) -> None:
     whole, fusion = victim.read_bytes(), expert("victim")
-    for target in ("webui.experts:read_weights", "webui.experts:check_fits", "webui.sampling:prepare"):
+    for target in ("webui.experts:read_weights", "webui.experts:check_fits", "webui.launch:prepare"):
         with Inject(client, f"lib_fusion.{target}", "delete", file=str(victim)):
             fails(client, fusion, "victim.safetensors.*no such file")
         victim.write_bytes(whole)
