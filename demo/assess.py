@@ -22,7 +22,7 @@ from torch import nn
 from demo.concepts import CATEGORIES, CATEGORY_OF, CONCEPTS, STYLES, is_held_out, scene_caption, single_caption
 from demo.data import render
 from demo.experts import Latents, alphas_cumprod
-from lib_fusion.engine.demo import ENSEMBLES, afa_settings
+from lib_fusion.engine.demo import ENSEMBLES, afa_settings, average_first
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import VAE_SCALE, quiet_libraries
 from lib_fusion.engine.pictures import sheet
@@ -154,7 +154,9 @@ def methods() -> dict[str, tuple[tuple[str, ...], FusionSettings]]:
         "SNB code, general + B": (("general", "vehicles"), replace(two, snb_saliency="code")),
         "AFA untrained, A + B": (pair, replace(two, method="AFA", afa_maps="uniform")),
     } | {
-        f"AFA, {' + '.join(models)}": (models, afa_settings(file, models)) for file, models in ENSEMBLES.items()
+        f"{name}, {' + '.join(models)}": (models, change(afa_settings(file, models)))
+        for file, models in ENSEMBLES.items()
+        for name, change in {"AFA": lambda afa: afa, "average, then AFA": average_first}.items()
     }
 
 

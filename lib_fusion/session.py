@@ -62,12 +62,14 @@ class FusionSession:
     def models_at(self, timestep: float) -> tuple[int, ...]:
         """The models that must run at this timestep, ascending.
 
-        Outside the window the one that runs alone; inside, all, less those without a position in a held mask.
+        Outside the window the one that runs alone, or all for their average; inside, all, less those without a
+        position in a held mask.
         """
         if self.num_models == 1:
             return (BASE,)
         if not self.settings.in_window(timestep):
-            return (BASE,) if self.settings.snb_outside == "base" else (1,)
+            alone = {"base": (BASE,), "expert": (1,)}
+            return alone.get(self.settings.snb_outside, tuple(range(self.num_models)))
         if self.settings.method == "SNB" and self._hold.is_held(timestep):
             if self._held_models is None:
                 self._held_models = tuple(self._hold.held().unique().tolist())
@@ -78,7 +80,7 @@ class FusionSession:
 
     def in_lockstep(self, timestep: float) -> bool:
         """Whether the models of ``models_at`` make one prediction together (AFA): the base's, under its hooks."""
-        return self.settings.method == "AFA" and len(self.models_at(timestep)) > 1
+        return self.settings.method == "AFA" and self.num_models > 1 and self.settings.in_window(timestep)
 
     def count(self, model: int, rows: int, skipped: int = 0) -> None:
         """Notes a U-Net call of ``rows`` batch rows, none where 0, and how many rows were forecast instead."""
@@ -169,7 +171,7 @@ class FusionSession:
         """One conditional and one unconditional noise (B,C,H,W) from those of the models in ``models_at(timestep)``."""
         if len(cond) == 1:
             return next(iter(cond.values())), next(iter(uncond.values()))
-        if self.settings.method == "Average":
+        if self._averages(timestep):
             return snb.average(cond.values()), snb.average(uncond.values())
         index = self.winner(timestep, cond, uncond, guidance_scale)
         return snb.select(index, cond), snb.select(index, uncond)
@@ -189,10 +191,17 @@ class FusionSession:
         ``uncond`` (B,C,H,W) are noises, for the saliency; None where the host left the unconditional half out, and then
         the last mask is held. None is returned where there is no mask yet.
         """
-        if self.settings.method == "Average":
+        if self._averages(timestep):
             return snb.average(rows.values())
         index = self.last_winner if cond is None else self.winner(timestep, cond, uncond, guidance_scale)
         return None if index is None else snb.select(index[owner], rows)
+
+    def _averages(self, timestep: float) -> bool:
+        """Whether the models' noises are averaged here; no position is then one model's."""
+        if self.settings.method != "Average" and self.settings.in_window(timestep):
+            return False
+        self.last_winner = None
+        return True
 
     def winner(
         self,

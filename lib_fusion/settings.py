@@ -244,7 +244,8 @@ PARAMETERS: tuple[Parameter, ...] = (
               "Timesteps in which the models are fused, from START down to END (1000 is pure noise, 0 the picture).",
               low=0, high=TIMESTEPS),
     Parameter("snb_outside", "choice", "base", "outside",
-              "Which model runs alone outside the window: the base or the first expert.", choices=("base", "expert")),
+              "What acts outside the window: the base alone, the first expert alone, or the average of all models' "
+              "noises.", choices=("base", "expert", "average")),
     Parameter("k_general", "float", 1.0, "k general", "How peaked the base's saliency map is.",
               low=0, high=1000, step=0.1),
     Parameter("k_expert", "float", 1.0, "k expert", "How peaked the experts' saliency maps are.",

@@ -38,6 +38,21 @@ def test_outside_the_window_one_model_runs_and_is_untouched(outside, alone):
     assert u is uncond[alone]
 
 
+@pytest.mark.parametrize("method", ["SNB", "AFA"])
+def test_outside_the_window_all_may_be_averaged(method):
+    s = session(experts=2, method=method, snb_window="600:300", snb_outside="average")
+    assert s.models_at(700) == s.models_at(500) == (0, 1, 2)
+    assert not s.in_lockstep(700)
+    assert s.in_lockstep(500) == (method == "AFA")
+    cond, uncond = predictions(3)
+    c, u = s.fuse(700, cond, uncond, 7)
+    torch.testing.assert_close(c, (cond[0] + cond[1] + cond[2]) / 3)
+    torch.testing.assert_close(u, (uncond[0] + uncond[1] + uncond[2]) / 3)
+    rows = s.fuse_rows(700, cond, torch.tensor([0, 1]), None, None, 7)
+    assert torch.equal(rows, c)
+    assert s.records.masks == []
+
+
 @pytest.mark.parametrize("variant", ["own", "code"])
 def test_snb_takes_the_unconditional_of_the_variant(variant):
     cond, uncond = predictions(3)

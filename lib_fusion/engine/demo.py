@@ -31,6 +31,8 @@ ENSEMBLES = {
 }
 CFG_SCALE = 5.0
 HOLD = 900.0
+#: The timestep at which AFA takes over from the average (docs/afa.md).
+AFA_FROM = 500.0
 
 
 def make_sheet(
@@ -61,7 +63,8 @@ def make_sheet(
             "average": (pair, replace(snb, method="Average")),
             "SNB (paper)": (pair, snb),
             "SNB, mask held": (pair, replace(snb, snb_hold=HOLD)),
-            "AFA": (models, afa_settings(file, models)),
+            "AFA (paper)": (models, afa_settings(file, models)),
+            "average, then AFA": (models, average_first(afa_settings(file, models))),
         }
         cells: list[Image.Image] = []
         masks: list = []
@@ -90,3 +93,8 @@ def afa_settings(file: str, models: tuple[str, ...]) -> FusionSettings:
     """AFA with a file of the demo and the models it is for, the base first."""
     experts = tuple(ExpertSettings(name) for name in models[1:])
     return FusionSettings(experts=experts, method="AFA", afa_aggregator=str(FOLDER / f"{file}.safetensors"))
+
+
+def average_first(afa: FusionSettings) -> FusionSettings:
+    """AFA's settings with the average of the models while there is more noise than picture."""
+    return replace(afa, snb_window=(AFA_FROM, 0.0), snb_outside="average")

@@ -130,8 +130,8 @@ class Engine:
             raise SettingError("experts", len(fusion.experts), f"allowed: at most the {len(self.models) - 1} loaded")
         if fusion.method == "Mask" and (fixed_mask is None or not fusion.experts):
             raise SettingError("method", "Mask", "it needs an expert and a mask picture")
-        if fusion.snb_outside == "expert" and not fusion.experts:
-            raise SettingError("snb_outside", "expert", "allowed without an expert: base")
+        if fusion.snb_outside != "base" and not fusion.experts:
+            raise SettingError("snb_outside", fusion.snb_outside, "allowed without an expert: base")
         self._check_afa(fusion)
         width = self.models[0].text.model.config.hidden_size
         for i, expert in enumerate(fusion.experts):

@@ -13,7 +13,8 @@ from lib_fusion.settings import FusionSettings
 LONGEST_NAME = 200
 #: The name of a person's own file, in the WebUI's data directory.
 FILE = "denoiser-fusion-presets.json"
-#: MagicFusion's published settings (its own examples; the code's saliency) and the mask held after the noisiest steps.
+#: MagicFusion's published settings (its own examples; the code's saliency) the mask held after the noisiest steps,
+#: and AFA for the later half.
 SHIPPED: dict[str, dict[str, Any]] = {
     "MagicFusion: lion (first SNB, then the base)": {
         "method": "SNB", "snb_window": [1000, 600], "snb_outside": "base", "k_general": 1.0, "k_expert": 1.0,
@@ -26,6 +27,9 @@ SHIPPED: dict[str, dict[str, Any]] = {
     "Held mask: who draws what is decided early": {
         "method": "SNB", "snb_window": [1000, 0], "snb_outside": "base", "k_general": 1.0, "k_expert": 1.0,
         "snb_saliency": "own", "snb_hold": 900.0,
+    },
+    "Average first, then AFA (docs/afa.md)": {
+        "method": "AFA", "snb_window": [500, 0], "snb_outside": "average",
     },
     "Defaults": FusionSettings().to_dict() | {"experts": None},
 }  # fmt: skip

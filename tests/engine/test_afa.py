@@ -81,6 +81,17 @@ def test_window_and_counts(pair):
     assert torch.equal(latents(pair, empty), latents(pair, single(AFA, 1)))
 
 
+def test_the_average_outside_the_window(pair):
+    average = replace(AFA, method="Average")
+    never = replace(UNIFORM, snb_window=(0, 0), snb_outside="average")
+    assert torch.equal(latents(pair, never), latents(pair, average))
+    session = FusionSession(replace(UNIFORM, snb_window=(500, 0), snb_outside="average"))
+    both = pair.denoise([(PROMPT, 0)], GENERATION, session)
+    assert session.calls == [4, 4]
+    assert not torch.equal(both, latents(pair, average))
+    assert not torch.equal(both, latents(pair, UNIFORM))
+
+
 def test_nothing_stays_on_the_models(pair):
     latents(pair, UNIFORM)
     assert not any(m._forward_hooks or m._forward_pre_hooks for model in pair.models for m in model.unet.modules())

@@ -108,7 +108,7 @@ def broken(tmp_path_factory) -> dict[str, str]:
         (["--mask", "{other}"], ["mask"]),
         (["--dtype", "int8"], ["dtype", "float32"]),
         (["--device", "nowhere"], ["device"]),
-        (["--snb-outside", "nobody"], ["snb_outside", "base, expert"]),
+        (["--snb-outside", "nobody"], ["snb_outside", "base, expert, average"]),
         (["--expert-prompt", "a", "--expert-prompt", "b"], ["expert-prompt"]),
         (["--previews", "mask"], ["previews", "allowed: masks, skips, weights, maps"]),
         (["--map-timesteps", "early"], ["map_timesteps", "at most 1000"]),
@@ -143,7 +143,7 @@ def test_demo_writes_its_sheet_and_table(tmp_path, capsys):
     assert main(["demo", "--out", str(sheet), "--steps", "4"]) == 0
     printed = capsys.readouterr().out
     assert str(sheet) in printed
-    for method in ("base", "expert", "average", "SNB (paper)", "SNB, mask held", "AFA"):
+    for method in ("base", "expert", "average", "SNB (paper)", "SNB, mask held", "AFA (paper)", "average, then AFA"):
         assert method in printed
     with Image.open(sheet) as image:
         assert image.width > 1000

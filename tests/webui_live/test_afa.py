@@ -62,6 +62,21 @@ def test_uniform_with_a_copy_is_the_base(client: Client, names: Names, sampler: 
     assert client.draw(expert(names.copy, **UNIFORM), sampler_name=sampler).same_as(off)
 
 
+@pytest.mark.parametrize("sampler", ["DDIM", "DPM++ 2M"])
+def test_the_average_outside_the_window(client: Client, names: Names, sampler: str) -> None:
+    """Before AFA takes over each model is called for itself, as the method Average does it."""
+    average = client.draw(expert(names.expert, method="Average"), sampler_name=sampler, steps=6)
+    for method in ({}, UNIFORM):
+        never = expert(names.expert, **method, snb_window=[0, 0], snb_outside="average")
+        assert client.draw(never, sampler_name=sampler, steps=6).same_as(average)
+    half = client.draw(expert(names.expert, **UNIFORM, snb_window=[500, 0], snb_outside="average"),
+                       sampler_name=sampler, steps=6)  # fmt: skip
+    assert half.params["Fusion U-Net calls"] == "base 6, expert 1 6"
+    assert half.params["Fusion outside"] == "average"
+    assert not half.same_as(average)
+    assert not half.same_as(client.draw(expert(names.expert, **UNIFORM), sampler_name=sampler, steps=6))
+
+
 CASES = {
     "AND, long, batch 2": ({"prompt": f"a cat AND {LONG}:0.7 AND x", "batch_size": 2}, {}),
     "one half at a time": ({}, {"batch_cond_uncond": False}),
