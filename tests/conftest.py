@@ -1,4 +1,4 @@
-"""How the tests are spread over processes: all that talk to the real WebUI share one, and with it one WebUI."""
+"""How the tests are spread over processes: all that talk to the real WebUI are in two groups, each with a WebUI."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 import torch
 
 LIVE = "tests/webui_live/"
+#: The live files of the second group, about half of the time; a file is never in both.
+SECOND_GROUP = ("test_afa", "test_browser", "test_extensions", "test_faults", "test_identity", "test_training")
 
 
 def pytest_configure() -> None:
@@ -19,4 +21,4 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(LIVE):
-            item.add_marker(pytest.mark.xdist_group("webui"))
+            item.add_marker(pytest.mark.xdist_group(f"webui {1 + (item.path.stem in SECOND_GROUP)}"))
