@@ -198,6 +198,9 @@ def test_choosing_a_file_chooses_method_and_experts(page: Any, client: Client, f
         choose(page, f"{panel}_afa_aggregator", "pair")
         card = f"document.querySelector('{panel}_afa_told').innerText"
         page.wait_for_function(f"{card}.startsWith('tiny_a + tiny_b (sd1')")
+        chosen = f"document.querySelector('{panel}_expert1_checkpoint input').value"
+        page.wait_for_function(f"{chosen}.startsWith('tiny_b')")  # an event of its own
+        page.wait_for_timeout(SECONDS)
         text = generate(page)
         assert "Fusion method: AFA" in text
         assert "Fusion aggregator: pair" in text

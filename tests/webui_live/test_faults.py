@@ -268,10 +268,11 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
     (W + "script:_has_pass", 1, {"passes": "hires"}, HIRES),
     (W + "script:compare.keep_request", 1, {"compare": True}, {}),
     # a pass: made, attached, told the levels, taken off
+    *[(W + f"launch:{name}", 1, TWO, {}) for name in (
+        "launch", "prepare", "find_checkpoint", "check_base", "told_levels")],
     *[(W + f"sampling:{name}", 1, TWO, {}) for name in (
-        "launch", "prepare", "find_checkpoint", "check_base", "FusionPass.__init__", "FusionPass.attach",
-        "FusionPass.detach", "set_tiling", "told_levels")],
-    (W + "sampling:levels_of", 1, FREEU, {}),
+        "FusionPass.__init__", "FusionPass.attach", "FusionPass.detach", "set_tiling")],
+    (W + "launch:levels_of", 1, FREEU, {}),
     (W + "runtime:Runtime._guard", 1, TWO, {}),
     *[(W + f"experts:{name}", 1, TWO, {}) for name in (
         "ExpertCache.acquire", "check_fits", "load_unet", "read_weights", "check_finite", "built_as_told")],
