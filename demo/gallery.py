@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops
 
+from lib_fusion.engine.demo import AFA_FROM
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import quiet_libraries
 from lib_fusion.engine.pictures import font, sheet
@@ -101,20 +102,21 @@ def draw_hold(studio: Studio) -> None:
 
 def draw_methods(studio: Studio) -> None:
     """The same scenes by every method; how AFA's aggregator routes them is told by its previews."""
-    file = {"afa_aggregator": str(DEMO / "afa-animals-vehicles.safetensors")}
+    afa = {"method": "AFA", "afa_aggregator": str(DEMO / "afa-animals-vehicles.safetensors")}
+    later = {**afa, "snb_window": (AFA_FROM, 0.0), "snb_outside": "average"}
     columns = {"only base": {"method": "AFA", "afa_maps": "only base"},
                "only expert": {"method": "AFA", "afa_maps": "only expert 1"},
                "average": {"method": "Average"}, "SNB, hold 900": {"snb_hold": HOLD},
                "AFA, uniform": {"method": "AFA", "afa_maps": "uniform"},
-               "AFA, trained": {"method": "AFA", **file}}  # fmt: skip
+               "AFA (paper)": afa, "average, then AFA": later}  # fmt: skip
     rows = []
     for scene, caption in enumerate(SCENES):
         drawn = [studio.draw(scene, **values).image for values in columns.values()]
         rows.append((f"{caption}  (base: animals, expert: vehicles)", drawn))
     write(rows, list(columns), "afa", "Methods: one model alone, means, and trained weights",
-          "Average: of noises. AFA, uniform: the mean of all features. Trained: with the demo's aggregators.")
+          f"Average: of noises. AFA, uniform: the mean of all features. Last: average down to timestep {AFA_FROM:g}.")
     for scene in range(len(SCENES)):
-        picture = studio.draw(scene, ["weights", "maps"], method="AFA", **file)
+        picture = studio.draw(scene, ["weights", "maps"], **later)
         previews(picture, ["weights", "maps"], f"-{scene + 1}")
 
 

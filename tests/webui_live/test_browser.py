@@ -369,6 +369,7 @@ def test_screenshots(browser: Any, client: Client, host: Host, names: Names, the
 def take_screenshot(browser: Any, host: Host, names: Names, theme: str) -> None:
     page = open_page(browser, host, theme)
     prepare(page, "a fox left of a tractor, flat drawing", 30, width=256)
+    set_number(page, "#txt2img_cfg_scale", 4)
     enable(page, names.other)
     choose(page, f"{PANEL.format(tab='txt2img')}_preset", "Held mask")
     page.locator(f"{PANEL.format(tab='txt2img')}_preset_apply").click()
