@@ -68,6 +68,11 @@ class Skips:
             self._policies.clear()
             self._joint = joint
 
+    def pass_over(self, models: Sequence[int], pictures: int) -> None:
+        """Notes a step at which these models were run unasked: the host had left a half of its rows out."""
+        if self.timeline is not None:
+            self.timeline.append({model: [(COMPUTED, None)] * pictures for model in models})
+
     def needed(self, model: int, together: bool = False) -> list[int]:
         """The pictures that the model must be run for at this step; ``together``: none or all of them."""
         wanted = []

@@ -199,6 +199,8 @@ class FusionPass:
         rows, self._rows = self._rows, None
         if self._skipping is not None:
             self._skipping.end()
+        elif self.session.skips is not None and rows is not None and rows.cursor:
+            self.session.skips.pass_over(self.session.models_at(self._timestep), len(rows.weights))
         if rows is None or len(self._models) < 2 or rows.cursor == 0:
             return
         raw = {i: torch.cat(parts) for i, parts in rows.raw.items()}

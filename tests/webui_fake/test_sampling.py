@@ -248,6 +248,20 @@ def test_controlnets_marker_is_taken_off(sampling: Any) -> None:
     assert strip_marker(plain) is plain
 
 
+def test_a_step_without_its_unconditional_half_is_in_the_timeline(
+    sampling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sampling.shared.opts.data, "denoiser_fusion_preview_skips", True)
+    monkeypatch.setattr(sampling, "leaves_out_uncond", lambda *_: True)
+    step = Step(Model(UNet(1.0)))
+    step.sampler.sampler_extra_args["s_min_uncond"] = 4.0
+    fusion = make_pass(sampling, step, UNet(1.7), method="Average", skipping="Forecast")
+    fusion.attach()
+    step.run(fusion, (step.num_cond,))
+    fusion.detach()
+    assert fusion.session.records.skips == [{model: [("#", None)] * step.images for model in (0, 1)}]
+
+
 @pytest.mark.parametrize(
     ("arguments", "levels"),
     [
