@@ -45,6 +45,8 @@ SKIP_TOLD = ("More steps leave more to skip. With samplers that add noise at eac
              "poor, so nearly nothing is skipped. The picture's infotext tells what was.")  # fmt: skip
 AFA_TOLD = ("Not in use: the method is another one. Choosing an aggregator here chooses AFA, too, as does the method "
             "in the Blend tab.")  # fmt: skip
+AFA_HINT = ("Parts that come out coarse are mostly spoilt while there is more noise than picture. The preset 'Average "
+            "first, then AFA' lets the average draw until then.")  # fmt: skip
 #: Control -> the choices of another one with which alone it is of use. Elsewhere the page hides it; its value stays.
 SHOWN_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "snb_saliency": ("method", ("SNB",)),
@@ -136,6 +138,8 @@ def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_i
         place("afa_maps", "afa_force")
     gr.HTML(AFA_TOLD, elem_id=elem_id("afa_unused"),
             elem_classes=["denoiser-fusion-told", *shown_with("method", "SNB", "Average")])  # fmt: skip
+    gr.HTML(AFA_HINT, elem_id=elem_id("afa_hint"),
+            elem_classes=["denoiser-fusion-told", *shown_with("method", "AFA")])  # fmt: skip
     told = gr.HTML(elem_id=elem_id("afa_told"), elem_classes=["denoiser-fusion-told"])
     (file,), (method,) = controls["afa_aggregator"], controls["method"]
     chosen = [controls[f"expert{i + 1}_checkpoint"][0] for i in range(MAX_EXPERTS)]

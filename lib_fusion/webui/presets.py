@@ -28,7 +28,7 @@ SHIPPED: dict[str, dict[str, Any]] = {
         "method": "SNB", "snb_window": [1000, 0], "snb_outside": "base", "k_general": 1.0, "k_expert": 1.0,
         "snb_saliency": "own", "snb_hold": 900.0,
     },
-    "Average first, then AFA (docs/afa.md)": {
+    "Average first, then AFA": {
         "method": "AFA", "snb_window": [500, 0], "snb_outside": "average",
     },
     "Defaults": FusionSettings().to_dict() | {"experts": None},
