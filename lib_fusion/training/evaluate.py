@@ -55,8 +55,27 @@ class Evaluation:
         singles = [only(name) for name in self.models]
         self.loss[ORACLE] = {s: self.loss[min(singles, key=lambda c, s=s: self.mean(c, s))][s] for s in self.subsets}
 
+    def at(self, candidate: str, timestep: int) -> float:
+        """Mean loss at one timestep, over all pictures."""
+        losses = self.loss[candidate]
+        return sum(losses[s][timestep] * n for s, n in self.subsets.items()) / sum(self.subsets.values())
+
+    @property
+    def timesteps(self) -> list[int]:
+        return sorted(next(iter(self.loss[TRAINED].values())))
+
+    def takeover(self) -> str:
+        """A sentence on the timesteps at which the average of the predictions is better; "" where it never is."""
+        ahead = [t for t in self.timesteps if self.at(TRAINED, t) <= self.at(MEAN_PREDICTIONS, t)]
+        behind = [t for t in self.timesteps if t not in ahead]
+        if not behind:
+            return ""
+        told = f" At timestep {', '.join(map(str, behind))} the average of predictions is better"
+        lead = [t for t in ahead if t < behind[0]]
+        return f"{told}: try the window {max(lead)}:0 with the average outside." if lead else f"{told}."
+
     def verdict(self) -> str:
-        """A sentence on whether the aggregator beats the best single model, and by how much."""
+        """Whether the aggregator beats the best single model, by how much, and where it should not act."""
         best = min((only(name) for name in self.models), key=self.mean)
         trained, single, average = self.mean(TRAINED), self.mean(best), self.mean(MEAN_PREDICTIONS)
         ratios = (
@@ -64,10 +83,10 @@ class Evaluation:
             f"and {trained / average:.2f} of the average's"
         )
         if trained >= single:
-            return f"The aggregator does NOT beat the best single model: it has {ratios}."
+            return f"The aggregator does NOT beat the best single model: it has {ratios}.{self.takeover()}"
         lost = [s for s in self.subsets if self.mean(TRAINED, s) > min(self.mean(only(m), s) for m in self.models)]
         where = f" A single model is still better on: {', '.join(lost)}." if lost else ""
-        return f"The aggregator beats the best single model: it has {ratios}.{where}"
+        return f"The aggregator beats the best single model: it has {ratios}.{where}{self.takeover()}"
 
     def to_dict(self) -> dict[str, Any]:
         return {"models": self.models, "subsets": self.subsets, "loss": self.loss, "routing": self.routing,
@@ -202,13 +221,8 @@ def _loss_table(result: Evaluation) -> list[str]:
 
 
 def _step_table(result: Evaluation) -> list[str]:
-    steps = sorted(next(iter(result.loss[TRAINED].values())))
-    head = ["loss at timestep", *steps]
-    total = sum(result.subsets.values())
-    rows = [
-        [name, *(sum(losses[s][t] * n for s, n in result.subsets.items()) / total for t in steps)]
-        for name, losses in result.loss.items()
-    ]
+    head = ["loss at timestep", *result.timesteps]
+    rows = [[name, *(result.at(name, t) for t in result.timesteps)] for name in result.loss]
     return [_row(head), _row(["---"] * len(head)), *(_row(row) for row in rows)]
 
 
@@ -229,11 +243,9 @@ def _plot(result: Evaluation, path: Path, title: str) -> None:
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     fig.suptitle(title)
-    total = sum(result.subsets.values())
-    for name, losses in result.loss.items():
-        steps = sorted(next(iter(losses.values())))
-        values = [sum(losses[s][t] * n for s, n in result.subsets.items()) / total for t in steps]
-        left.plot(steps, values, marker="o", label=name, linewidth=2.5 if name == TRAINED else 1)
+    for name in result.loss:
+        values = [result.at(name, t) for t in result.timesteps]
+        left.plot(result.timesteps, values, marker="o", label=name, linewidth=2.5 if name == TRAINED else 1)
     left.set(xlabel="timestep", ylabel="held-out loss", yscale="log")
     left.legend(fontsize=7)
     points = list(result.sharpness)

@@ -72,6 +72,21 @@ def test_verdict(result):
         assert says in changed.verdict()
 
 
+def test_it_says_where_the_average_is_better(result):
+    changed, advice = evaluate_like(result, 1), ": try the window 150:0 with the average outside."
+    for ahead, says in (
+        ((150, 650), ""),
+        ((150,), f" At timestep 650 the average of predictions is better{advice}"),
+        ((650,), " At timestep 150 the average of predictions is better."),
+        ((), " At timestep 150, 650 the average of predictions is better."),
+    ):
+        for s in changed.subsets:
+            for t in (150, 650):
+                changed.loss[TRAINED][s][t] = changed.loss[MEAN_PREDICTIONS][s][t] * (0.5 if t in ahead else 2)
+        assert changed.takeover() == says
+        assert changed.verdict().endswith(says)
+
+
 def evaluate_like(result, factor):
     from copy import deepcopy
 
