@@ -89,11 +89,13 @@ def build(elem_id: Callable[[str], str]) -> Built:
                 build_experts(place, controls, elem_id)
             with gr.Tab("Blend", elem_id=elem_id("tab_blend")):
                 with gr.Row():
-                    place("method", "snb_saliency")
+                    place("method", "snb_outside")
                 with gr.Row():
-                    place("snb_window", "snb_outside")
+                    place("snb_window")
                 with gr.Row(elem_classes=shown_with("method", "SNB")):
-                    place("k_general", "k_expert", "snb_hold")
+                    place("snb_saliency", "snb_hold")
+                with gr.Row(elem_classes=shown_with("method", "SNB")):
+                    place("k_general", "k_expert")
             with gr.Tab("AFA", elem_id=elem_id("tab_afa")):
                 build_afa(place, controls, elem_id)
             with gr.Tab("FreeU", elem_id=elem_id("tab_freeu")):
