@@ -17,7 +17,7 @@ import torch
 
 from lib_fusion.aggregators import load_for, model_of
 from lib_fusion.methods import afa
-from lib_fusion.training.cache import Cache, Entry
+from lib_fusion.training.cache import Cache, Entry, Text, stack_texts
 from lib_fusion.training.ensemble import Ensemble, add_noise, alphas_cumprod, load_models
 from lib_fusion.unet.lockstep import point_names
 
@@ -172,15 +172,15 @@ def _batches(entries: Sequence[Entry]) -> list[list[Entry]]:
     return batches
 
 
-def _load(cache: Cache, batch: Sequence[Entry], captions: bool) -> tuple[torch.Tensor, list[torch.Tensor], list[str]]:
+def _load(cache: Cache, batch: Sequence[Entry], captions: bool) -> tuple[torch.Tensor, list[Text], list[str]]:
     latents, texts = zip(*(cache.read(entry) for entry in batch), strict=True)
     if not captions:
         texts = [cache.empty] * len(batch)
-    return torch.stack(latents), [torch.stack(s) for s in zip(*texts, strict=True)], [entry.name for entry in batch]
+    return torch.stack(latents), stack_texts(texts), [entry.name for entry in batch]
 
 
 def _predict(
-    ensemble: Ensemble, data: tuple[torch.Tensor, list[torch.Tensor], list[str]], t: int, prediction: str,
+    ensemble: Ensemble, data: tuple[torch.Tensor, list[Text], list[str]], t: int, prediction: str,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Prediction and target; the noise of a picture at a timestep is always the same."""

@@ -43,7 +43,7 @@ def main() -> None:
     for i, tensors in enumerate(weights):
         model = make.instantiate_from_config(make.OmegaConf.create(CONFIG).model).eval()
         model.load_state_dict(tensors)
-        states = encoders.encode_texts(TEXTS)[i] - model.get_learned_conditioning(TEXTS)
+        states = encoders.encode_texts(TEXTS)[i].states - model.get_learned_conditioning(TEXTS)
         found["states"].append(states.abs().max().item())
         if i == 0:
             latent = model.get_first_stage_encoding(model.encode_first_stage(picture[None]).mode())[0]
