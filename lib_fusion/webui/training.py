@@ -13,7 +13,12 @@ from lib_fusion.checkpoint import VAE_PREFIX, Checkpoint
 from lib_fusion.errors import CheckpointError, FusionError, SettingError
 from lib_fusion.settings import MAX_EXPERTS, Parameter, read_rows
 from lib_fusion.training.pictures import Captioned, read_pictures
-from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, TrainingSettings
+from lib_fusion.training.settings import (
+    CACHE_PARAMETERS,
+    EVALUATION_PARAMETERS,
+    TRAINING_PARAMETERS,
+    TrainingSettings,
+)
 from lib_fusion.training.train import check_settings
 from lib_fusion.webui import aggregators
 from lib_fusion.webui.experts import find_checkpoint, guess_config, prediction_of_config
@@ -68,7 +73,7 @@ def make_job(values: Mapping[str, Any], store: Jobs) -> Job:
     commands += [
         ["train", "--cache", cache, "--out", out, *flags(TRAINING_PARAMETERS, rows), *common],
         ["evaluate", "--cache", str(folder / HELD_OUT) if held_out else cache, "--aggregator", out,
-         "--out", str(folder / EVALUATION), *common],
+         "--out", str(folder / EVALUATION), *flags(EVALUATION_PARAMETERS, rows), *common],
     ]  # fmt: skip
     asked = {"source": source, "held_out": held_out, "models": list(values["models"]), **cache_rows, **rows}
     target = str(aggregators.folder() / f"{name}.safetensors")

@@ -161,6 +161,8 @@ def test_learns_and_is_evaluated(tmp_path, models, cached):
     result = evaluate(cached, models, out, (400,))
     assert result.mean(TRAINED) < 0.9 * result.mean(MEAN_FEATURES)
     assert evaluate(cached, models, out, (400,), captions=False).mean(TRAINED) != result.mean(TRAINED)
+    half = evaluate(cached, models, out, (400,), precision="bfloat16")
+    assert half.mean(TRAINED) == pytest.approx(result.mean(TRAINED), rel=0.02)
 
     cache = Cache(cached)
     unets = load_models(models, cache, torch.float32, torch.device("cpu"))
