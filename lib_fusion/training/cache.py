@@ -34,6 +34,7 @@ class Text(NamedTuple):
     pooled: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Text:
+        """The same on a device."""
         return Text(*(None if part is None else part.to(device) for part in self))
 
 

@@ -31,8 +31,8 @@ class HostEncoders:
     """Pictures by the VAE of the first checkpoint, captions by each checkpoint's own text encoders.
 
     ``configs``: each checkpoint's configuration file, in the host's format. Captions are plain text, cut at 77 tokens:
-    no emphasis, no embeddings. SDXL's empty caption is zeros, by which SDXL was trained to draw without one (``sgm``'s
-    force_uc_zero_embeddings), and which the host gives for an empty negative prompt.
+    no emphasis, no embeddings. SDXL's empty caption is zeros: what the host, as Stability AI's own sampling does, gives
+    it for an empty negative prompt, so what the aggregators will meet there.
     """
 
     def __init__(
