@@ -87,14 +87,18 @@ def _text_config(params: Any) -> Any:
 
 
 def _load(config: Any, file: Checkpoint, prefix: str) -> nn.Module:
-    """A part of a checkpoint in the host's class, float32; raises CheckpointError where tensors lack."""
+    """A part of a checkpoint in the host's class, float32; raises CheckpointError where ``config`` tells of another."""
     module = instantiate_from_config(config)
     tensors = file.read(prefix, torch.float32)
     if any(key.startswith(TEXT_MODEL) for key in tensors) and not any(key.startswith(TEXT_INNER) for key in tensors):
         tensors = {key.replace(TEXT_MODEL, TEXT_INNER, 1): value for key, value in tensors.items()}
-    missing = [key for key in module.load_state_dict(tensors, strict=False).missing_keys if not key.endswith(IDLE)]
-    if missing:
-        raise CheckpointError(f"{file.path}: {len(missing)} tensors of {prefix}* lack, such as {missing[0]}")
+    wanted = {key: value.shape for key, value in module.state_dict().items()}
+    given = {key: value.shape for key, value in tensors.items()}
+    wrong = [key for key in wanted if given.get(key) != wanted[key] and not (key.endswith(IDLE) and key not in given)]
+    if wrong:
+        told = f"{len(wrong)} tensors of {prefix}* lack, or have other shapes than its configuration says"
+        raise CheckpointError(f"{file.path}: {told}, such as {wrong[0]}")
+    module.load_state_dict(tensors, strict=False)
     return module.eval().requires_grad_(False)
 
 
