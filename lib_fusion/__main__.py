@@ -24,7 +24,12 @@ from lib_fusion.settings import (
     Parameter,
     read_rows,
 )
-from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, TrainingSettings
+from lib_fusion.training.settings import (
+    CACHE_PARAMETERS,
+    EVALUATION_PARAMETERS,
+    TRAINING_PARAMETERS,
+    TrainingSettings,
+)
 
 #: The rows of an expert that have a flag of their own, ``--expert-...``.
 EXPERT_FLAGS = [row for row in EXPERT_PARAMETERS[1:] if "cli" in row.where]
@@ -93,6 +98,7 @@ def build_parser() -> OneLineParser:
     evaluate.add_argument("--out", required=True, metavar="FOLDER", help="where table, plot and JSON go")
     evaluate.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="0..999 (default: 100 300 500 700 900)")
     evaluate.add_argument("--no-captions", action="store_true", help="give the models the empty caption")
+    add_rows(evaluate, EVALUATION_PARAMETERS)
     for command in (cache, train, evaluate):
         command.add_argument("--cache", required=True, metavar="FOLDER", help="the encoded data set")
         command.add_argument("--model", action="append", required=True, metavar="FILE",
@@ -271,7 +277,10 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if not all(0 <= t < TIMESTEPS for t in timesteps):
         raise SettingError("timesteps", list(timesteps), f"allowed: 0 to {TIMESTEPS - 1}")
     device = read_device(args.device)
-    result = evaluate(args.cache, args.model, args.aggregator, timesteps, not args.no_captions, device, teller())
+    values = read_rows(EVALUATION_PARAMETERS, given_rows(args, EVALUATION_PARAMETERS))
+    result = evaluate(
+        args.cache, args.model, args.aggregator, timesteps, not args.no_captions, device, teller(), **values
+    )
     print(write_report(result, Path(args.out), f"{Path(args.aggregator).stem} on {Path(args.cache).name}"))
     return 0
 

@@ -19,7 +19,7 @@ from lib_fusion.errors import CheckpointError
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model."  # SD1: transformer.*, SD2: model.*; SDXL keeps its two under conditioner.*
-SDXL_TEXT_PREFIX = "conditioner.embedders."
+SDXL_TEXT_PREFIX = "conditioner."
 
 #: What to tell the owner of a file that is something else: (substring of a key, what it is).
 FOREIGN = (
@@ -93,6 +93,11 @@ class Checkpoint:
         return unet_kind(self.unet_shapes, found=self.describe())
 
     @property
+    def text_prefix(self) -> str:
+        """What the names of the tensors of this kind's text encoders start with; raises CheckpointError as ``kind``."""
+        return SDXL_TEXT_PREFIX if self.kind.startswith("sdxl") else TEXT_PREFIX
+
+    @property
     def latent_channels(self) -> int:
         """Channels of the latent that the U-Net predicts (4 for Stable Diffusion)."""
         return self.unet_shapes["out.2.weight"][0]
@@ -107,7 +112,7 @@ class Checkpoint:
             return "v"
         config = self.path.with_suffix(".yaml")
         text = config.read_text("utf-8", errors="replace") if config.is_file() else ""
-        if re.search(r"^\s*parameterization:\s*[\"']?v\b", text, re.MULTILINE):
+        if re.search(r"^\s*(parameterization:\s*[\"']?v|target:\s*[\"']?[\w.]+\.VScaling)\b", text, re.MULTILINE):
             return "v"
         return "epsilon"
 

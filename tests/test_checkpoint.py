@@ -109,7 +109,11 @@ def test_v_prediction_by_key(save):
     assert (load_unet(save(tensors)).prediction, load_unet(tensors).prediction) == ("v", "v")
 
 
-@pytest.mark.parametrize("line", ["parameterization: v", '    parameterization: "v"', "  parameterization: 'v' # 768"])
+@pytest.mark.parametrize(
+    "line",
+    ["parameterization: v", '    parameterization: "v"', "  parameterization: 'v' # 768",
+     "  target: sgm.modules.diffusionmodules.denoiser_scaling.VScaling"],
+)  # fmt: skip
 def test_v_prediction_by_config_beside_the_file(save, line):
     path = save(whole())
     path.with_suffix(".yaml").write_text(f"model:\n  params:\n{line}\n    timesteps: 1000\n", "utf-8")
@@ -117,8 +121,10 @@ def test_v_prediction_by_config_beside_the_file(save, line):
 
 
 @pytest.mark.parametrize(
-    "config", ["model: {}", "parameterization: eps", "# parameterization: v", "parameterization: vlb", b"\xff\xfe\x00"]
-)
+    "config",
+    ["model: {}", "parameterization: eps", "# parameterization: v", "parameterization: vlb", b"\xff\xfe\x00",
+     "target: sgm.modules.diffusionmodules.denoiser_scaling.VScalingWithEDMcNoise", "# target: x.VScaling"],
+)  # fmt: skip
 def test_epsilon_unless_something_says_v(save, config):
     path = save(whole())
     path.with_suffix(".yaml").write_bytes(config if isinstance(config, bytes) else config.encode())

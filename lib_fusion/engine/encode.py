@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lib_fusion.engine.loader import VAE_SCALE, check_checkpoint, load_text, load_vae
-from lib_fusion.training.cache import encoder_identity
+from lib_fusion.training.cache import Text, encoder_identity
 
 
 class EngineEncoders:
@@ -29,6 +29,6 @@ class EngineEncoders:
         """(3,H,W) in -1..1 -> latent (4,H/8,W/8): the VAE's mode, since its spread is next to nothing."""
         return self.vae.encode(picture[None].to(self.device)).latent_dist.mode()[0] * VAE_SCALE
 
-    def encode_texts(self, texts: Sequence[str]) -> list[torch.Tensor]:
+    def encode_texts(self, texts: Sequence[str]) -> list[Text]:
         """Each model's states (B,77,D)."""
-        return [text(list(texts)) for text in self.texts]
+        return [Text(text(list(texts))) for text in self.texts]

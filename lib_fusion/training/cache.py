@@ -1,8 +1,8 @@
 """A captioned data set, encoded once: latents and every model's text states, in safetensors shards. Resumable.
 
-A shard holds ``I.latent`` (C,h,w) and ``I.text.M`` (T,D) of its I-th picture and model M, in float16; a model whose
-states are those of model 0 has none of its own. ``empty.safetensors`` holds the empty caption's states, and index.json
-what the cache was made of. Only whole shards are ever there, so that nothing is lost and nothing is half.
+A shard holds ``I.latent`` (C,h,w) and ``I.text.M`` (T,D) of its I-th picture and model M, for SDXL also ``I.pooled.M``
+(P,), in float16; what is the same as model 0's is not there again. ``empty.safetensors`` holds the empty caption's, and
+index.json what the cache was made of. Only whole shards are ever there, so that nothing is lost and nothing is half.
 """
 
 from __future__ import annotations
@@ -12,19 +12,36 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib_fusion.aggregators import part_hash
-from lib_fusion.checkpoint import TEXT_PREFIX, VAE_PREFIX, Checkpoint
+from lib_fusion.checkpoint import VAE_PREFIX, Checkpoint
 from lib_fusion.errors import FusionError
 from lib_fusion.training.pictures import Captioned, PictureError, read_pictures, to_tensor
 
 FORMAT = "denoiser-fusion-cache-1"
 INDEX, EMPTY = "index.json", "empty.safetensors"
+
+
+class Text(NamedTuple):
+    """What one model is told of B captions: ``states`` (B,T,D), for SDXL also ``pooled`` (B,P). Of one, without B."""
+
+    states: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Text:
+        """The same on a device."""
+        return Text(*(None if part is None else part.to(device) for part in self))
+
+
+def stack_texts(captions: Iterable[Sequence[Text]]) -> list[Text]:
+    """Each caption's texts by model -> each model's texts of all captions."""
+    models = zip(*captions, strict=True)
+    return [Text(*(None if p[0] is None else torch.stack(p) for p in zip(*texts, strict=True))) for texts in models]
 
 
 class Encoders(Protocol):
@@ -35,17 +52,25 @@ class Encoders(Protocol):
     def encode_picture(self, picture: torch.Tensor) -> torch.Tensor:
         """(3,H,W) in -1..1 -> latent (C,H/8,W/8), scaled as the U-Nets expect it."""
 
-    def encode_texts(self, texts: Sequence[str]) -> list[torch.Tensor]:
-        """Each model's text states (B,T,D)."""
+    def encode_texts(self, texts: Sequence[str]) -> list[Text]:
+        """What each model is told of B captions."""
 
 
 def encoder_identity(files: Sequence[Checkpoint], vae: Checkpoint) -> dict[str, Any]:
-    """What a cache depends on; U-Nets may be trained further and still use it."""
+    """What a cache depends on; U-Nets may be trained further and still use it. Raises FusionError as text_hashes."""
     return {
         "models": [file.path.stem for file in files],
-        "texts": [part_hash(file, TEXT_PREFIX) for file in files],
+        "texts": text_hashes(files),
         "vae": part_hash(vae, VAE_PREFIX),
     }
+
+
+def text_hashes(files: Sequence[Checkpoint]) -> list[str]:
+    """What tells each model's text encoders from others; raises FusionError where the models are of several kinds."""
+    if len({file.kind for file in files}) > 1:
+        told = ", ".join(f"{file.path.stem} {file.kind}" for file in files)
+        raise FusionError(f"the models are of several kinds ({told}); allowed: models of one kind")
+    return [part_hash(file, file.text_prefix) for file in files]
 
 
 @dataclass(frozen=True)
@@ -82,23 +107,19 @@ def write_cache(
     done = {entry.name for entry in list_entries(folder)}
     old, skipped = len(done), []
     if not (folder / EMPTY).is_file():
-        states = encoders.encode_texts([""])
-        _save({f"text.{i}": s[0].to(torch.float16).contiguous() for i, s in enumerate(states)}, folder / EMPTY, {}, 0)
+        _save(_caption_tensors(encoders.encode_texts([""]), 0, ""), folder / EMPTY, {}, 0)
     fresh = _encodable(pictures, done, resolution, skipped, tell)
     number = 1 + max((int(path.stem.rpartition("-")[2]) for path in folder.glob("shard-*.safetensors")), default=-1)
     while batch := list(islice(fresh, shard_size)):
         tensors: dict[str, torch.Tensor] = {}
-        states = encoders.encode_texts([picture.caption for picture, _ in batch])
+        texts = encoders.encode_texts([picture.caption for picture, _ in batch])
         for i, (_, picture) in enumerate(batch):
             tensors[f"{i}.latent"] = encoders.encode_picture(picture)
-            for m, text in enumerate(states):
-                if m == 0 or not torch.equal(text[i], states[0][i]):
-                    tensors[f"{i}.text.{m}"] = text[i]
+            tensors |= _caption_tensors(texts, i, f"{i}.")
         items = [
             {"name": p.name, "caption": p.caption, "subset": p.subset, "repeats": p.repeats, "size": list(x.shape[1:])}
             for p, x in batch
         ]
-        tensors = {key: value.to("cpu", torch.float16).contiguous() for key, value in tensors.items()}
         _save(tensors, folder / f"shard-{number:05d}.safetensors", {"items": json.dumps(items)}, len(done))
         number += 1
         done.update(picture.name for picture, _ in batch)
@@ -106,6 +127,16 @@ def write_cache(
     if not done:
         raise FusionError(f"{source}: none of its pictures can be used; {'; '.join(skipped[:3])}")
     return Report(len(done), len(done) - old, tuple(skipped))
+
+
+def _caption_tensors(texts: Sequence[Text], row: int, prefix: str) -> dict[str, torch.Tensor]:
+    """One caption's tensors by their names in a file."""
+    tensors = {}
+    for m, text in enumerate(texts):
+        for name, part, first in zip(("text", "pooled"), text, texts[0], strict=True):
+            if part is not None and (m == 0 or not torch.equal(part[row], first[row])):
+                tensors[f"{prefix}{name}.{m}"] = part[row]
+    return tensors
 
 
 def _encodable(
@@ -180,23 +211,29 @@ class Cache:
         if not self.entries:
             raise FusionError(f"{folder}: a cache without pictures")
         with safe_open(folder / EMPTY, framework="pt") as file:
-            self.empty = [file.get_tensor(f"text.{m}").float() for m in range(self.num_models)]
+            self.empty = self._read_texts(file, "")
         self._open: dict[Path, Any] = {}
 
-    def read(self, entry: Entry) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Latent (C,h,w) and each model's text states (T,D)."""
+    def read(self, entry: Entry) -> tuple[torch.Tensor, list[Text]]:
+        """Latent (C,h,w) and what each model is told of the caption."""
         if entry.shard not in self._open:
             self._open[entry.shard] = safe_open(entry.shard, framework="pt")
         file = self._open[entry.shard]
-        latent = file.get_tensor(f"{entry.index}.latent").float()
-        names = {f"{entry.index}.text.{m}" for m in range(self.num_models)} & set(file.keys())
-        first = file.get_tensor(f"{entry.index}.text.0").float()
-        texts = [file.get_tensor(name).float() if (name := f"{entry.index}.text.{m}") in names else first
-                 for m in range(self.num_models)]  # fmt: skip
-        return latent, texts
+        return file.get_tensor(f"{entry.index}.latent").float(), self._read_texts(file, f"{entry.index}.")
+
+    def _read_texts(self, file: Any, prefix: str) -> list[Text]:
+        names = set(file.keys())
+
+        def get(name: str, m: int) -> torch.Tensor:
+            own = f"{prefix}{name}.{m}"
+            return file.get_tensor(own if own in names else f"{prefix}{name}.0").float()
+
+        has_pooled = f"{prefix}pooled.0" in names
+        return [Text(get("text", m), get("pooled", m) if has_pooled else None) for m in range(self.num_models)]
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str], safe: int) -> None:
+    tensors = {key: value.to("cpu", torch.float16).contiguous() for key, value in tensors.items()}
     _write(path, lambda partial: save_file(tensors, partial, metadata), safe)
 
 

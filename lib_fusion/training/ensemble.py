@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lib_fusion.aggregators import part_hash
-from lib_fusion.checkpoint import TEXT_PREFIX, Checkpoint
+from lib_fusion.checkpoint import Checkpoint
 from lib_fusion.errors import CheckpointError, FusionError
-from lib_fusion.training.cache import Cache
+from lib_fusion.training.cache import Cache, Text, text_hashes
 from lib_fusion.unet.layout import read_layout
 from lib_fusion.unet.lockstep import Lockstep, mean_context
 from lib_fusion.unet.model import UNet, load_unet
+from lib_fusion.unet.vector import SIZES_DIM, sdxl_vector
 
 TIMESTEPS = 1000
+#: Pixels to a latent's position, each way.
+PIXELS = 8
 
 
 def alphas_cumprod() -> torch.Tensor:
@@ -36,10 +38,16 @@ class Ensemble(nn.Module):
         self.lockstep = Lockstep(unets[0], unets[1:], aggregators)
         self.hooks = self.lockstep.attach()
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, contexts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The prediction (B,C,H,W) for noisy latents at ``timesteps`` (B,), with each model's text states (B,T,D)."""
-        with self.lockstep.running(contexts[1:], mean_context(contexts)):
-            return self._unets[0](x, timesteps, contexts[0])
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, texts: Sequence[Text]) -> torch.Tensor:
+        """The prediction (B,C,H,W) for noisy latents at ``timesteps`` (B,), with what each model is told of B captions.
+
+        SDXL is also told the pictures' size, which is that of the latents.
+        """
+        contexts = [text.states for text in texts]
+        height, width = (PIXELS * size for size in x.shape[-2:])
+        vectors = [None if text.pooled is None else sdxl_vector(text.pooled, height, width) for text in texts]
+        with self.lockstep.running(contexts[1:], mean_context(contexts), vectors[1:]):
+            return self._unets[0](x, timesteps, contexts[0], vectors[0])
 
     def recompute_activations(self) -> None:
         """Blocks and aggregators forget their activations and compute them again in the backward pass."""
@@ -52,7 +60,7 @@ def load_models(
     paths: Sequence[str | Path], cache: Cache, dtype: torch.dtype, device: torch.device
 ) -> list[UNet]:
     """The frozen U-Nets of checkpoints whose text encoders made a cache, in its order; raises FusionError."""
-    texts = [part_hash(Checkpoint.open(path), TEXT_PREFIX) for path in paths]
+    texts = text_hashes([Checkpoint.open(path) for path in paths])
     if texts != cache.index["texts"]:
         names = ", ".join(Path(path).stem for path in paths)
         made_for = ", ".join(cache.index["models"])
@@ -60,7 +68,11 @@ def load_models(
     if len(paths) < 2:
         raise FusionError("an ensemble needs at least two models")
     unets = [load_unet(path, dtype=dtype, device=device) for path in paths]
-    for path, unet in zip(paths, unets, strict=True):
+    for path, unet, text in zip(paths, unets, cache.empty, strict=True):
+        given = 0 if text.pooled is None else len(text.pooled) + SIZES_DIM
+        if unet.label_dim != given:
+            told = f"its U-Net takes a vector of {unet.label_dim} numbers, the cache's pooled text gives {given}"
+            raise FusionError(f"{path}: {told}")
         broken = [name for name, value in unet.named_parameters() if not value.isfinite().all()]
         if broken:
             told = f"{len(broken)} tensors of its U-Net hold values that are not finite, such as {broken[0]}"

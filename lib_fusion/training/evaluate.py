@@ -17,7 +17,7 @@ import torch
 
 from lib_fusion.aggregators import load_for, model_of
 from lib_fusion.methods import afa
-from lib_fusion.training.cache import Cache, Entry
+from lib_fusion.training.cache import Cache, Entry, Text, stack_texts
 from lib_fusion.training.ensemble import Ensemble, add_noise, alphas_cumprod, load_models
 from lib_fusion.unet.lockstep import point_names
 
@@ -101,12 +101,15 @@ def only(name: str) -> str:
 def evaluate(
     folder: str | Path, checkpoints: Sequence[str | Path], aggregator: str | Path,
     timesteps: Sequence[int] = BUCKETS, captions: bool = True, device: str | torch.device = "cpu",
-    tell: Callable[[str], None] = lambda _: None,
+    tell: Callable[[str], None] = lambda _: None, precision: str = "float32",
 ) -> Evaluation:  # fmt: skip
-    """Measures on the cache in ``folder``. Without ``captions`` the models get the empty one. Raises FusionError."""
+    """Measures on the cache in ``folder``. Without ``captions`` the models get the empty one. Raises FusionError.
+
+    ``precision``: the U-Nets', which two of SDXL's need 21 GB for in float32; the aggregators stay in float32.
+    """
     cache = Cache(folder)
     device = torch.device(device)
-    unets = load_models(checkpoints, cache, torch.float32, device)
+    unets = load_models(checkpoints, cache, getattr(torch, precision), device)
     models = [model_of(path) for path in checkpoints]
     trained = load_for(aggregator, unets[0], models, [unet.prediction for unet in unets], device=device)
     names = [model.name for model in models]
@@ -172,15 +175,15 @@ def _batches(entries: Sequence[Entry]) -> list[list[Entry]]:
     return batches
 
 
-def _load(cache: Cache, batch: Sequence[Entry], captions: bool) -> tuple[torch.Tensor, list[torch.Tensor], list[str]]:
+def _load(cache: Cache, batch: Sequence[Entry], captions: bool) -> tuple[torch.Tensor, list[Text], list[str]]:
     latents, texts = zip(*(cache.read(entry) for entry in batch), strict=True)
     if not captions:
         texts = [cache.empty] * len(batch)
-    return torch.stack(latents), [torch.stack(s) for s in zip(*texts, strict=True)], [entry.name for entry in batch]
+    return torch.stack(latents), stack_texts(texts), [entry.name for entry in batch]
 
 
 def _predict(
-    ensemble: Ensemble, data: tuple[torch.Tensor, list[torch.Tensor], list[str]], t: int, prediction: str,
+    ensemble: Ensemble, data: tuple[torch.Tensor, list[Text], list[str]], t: int, prediction: str,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Prediction and target; the noise of a picture at a timestep is always the same."""

@@ -45,6 +45,8 @@ TRAINING_PARAMETERS: tuple[Parameter, ...] = (
     Parameter("save_every", "int", 100, "save every", "Steps between saved states.", 1, 10**6, where=CLI),
     Parameter("seed", "int", 0, "seed", "Of the weights, the batches, the noise.", 0, 2**32 - 1, where=CLI),
 )  # fmt: skip
+#: What an evaluation has in common with a training.
+EVALUATION_PARAMETERS = tuple(row for row in TRAINING_PARAMETERS if row.key == "precision")
 
 
 def label_of(row: Parameter) -> str:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lib_fusion.aggregators import Card, Model, load_aggregators, model_of, save_aggregators
 from lib_fusion.errors import FusionError, SettingError
-from lib_fusion.training.cache import Cache
+from lib_fusion.training.cache import Cache, Text, stack_texts
 from lib_fusion.training.ensemble import TIMESTEPS, Ensemble, add_noise, alphas_cumprod, load_models
 from lib_fusion.training.settings import CHANGEABLE, TrainingSettings
 from lib_fusion.unet.lockstep import sizes_for
@@ -45,8 +45,8 @@ class Batches:
         self.groups = [[entry for entry in cache.entries if entry.size == size] for size in sizes]
         self._repeats = [torch.tensor([e.repeats for e in group], dtype=torch.float64) for group in self.groups]
 
-    def draw(self, step: int, part: slice) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Latents (B,C,h,w), each model's text states (B,T,D), noise like the latents, timesteps (B,); of ``part``."""
+    def draw(self, step: int, part: slice) -> tuple[torch.Tensor, list[Text], torch.Tensor, torch.Tensor]:
+        """Latents (B,C,h,w), each model's texts of B captions, noise like the latents, timesteps (B,); of ``part``."""
         s = self.settings
         generator = torch.Generator().manual_seed(zlib.crc32(f"{s.seed}/{step}".encode()))
         shares = torch.stack([repeats.sum() for repeats in self._repeats])
@@ -59,7 +59,7 @@ class Batches:
         texts = [self.cache.empty if empty else text for text, empty in zip(texts, is_empty[part], strict=True)]
         latents = torch.stack(latents)
         noise = torch.randn((s.batch_size, *latents.shape[1:]), generator=generator)
-        return latents, [torch.stack(states) for states in zip(*texts, strict=True)], noise[part], timesteps[part]
+        return latents, stack_texts(texts), noise[part], timesteps[part]
 
 
 def train(

@@ -9,19 +9,26 @@ from typing import Any
 from modules import devices, paths, sd_models_config, shared
 from omegaconf import OmegaConf
 
-from lib_fusion.checkpoint import TEXT_PREFIX, VAE_PREFIX, Checkpoint
+from lib_fusion.checkpoint import VAE_PREFIX, Checkpoint
 from lib_fusion.errors import CheckpointError, FusionError, SettingError
 from lib_fusion.settings import MAX_EXPERTS, Parameter, read_rows
 from lib_fusion.training.pictures import Captioned, read_pictures
-from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, TrainingSettings
+from lib_fusion.training.settings import (
+    CACHE_PARAMETERS,
+    EVALUATION_PARAMETERS,
+    TRAINING_PARAMETERS,
+    TrainingSettings,
+)
 from lib_fusion.training.train import check_settings
 from lib_fusion.webui import aggregators
 from lib_fusion.webui.experts import find_checkpoint, guess_config, prediction_of_config
 from lib_fusion.webui.jobs import CACHE, EVALUATION, HELD_OUT, Job, Jobs
 from lib_fusion.webui.runtime import runtime
 
-#: Kinds of checkpoints that can be trained with: SDXL's pooled text is in no cache.
-KINDS = ("sd1", "sd2")
+#: Kinds of checkpoints that can be trained with.
+KINDS = ("sd1", "sd2", "sdxl")
+#: The host's own packages that its encoders are of (``ldm``, ``sgm``), as its ``paths`` names them.
+PACKAGES = ("Stable Diffusion", "Stable Diffusion XL")
 
 
 def jobs() -> Jobs:
@@ -66,11 +73,11 @@ def make_job(values: Mapping[str, Any], store: Jobs) -> Job:
     commands += [
         ["train", "--cache", cache, "--out", out, *flags(TRAINING_PARAMETERS, rows), *common],
         ["evaluate", "--cache", str(folder / HELD_OUT) if held_out else cache, "--aggregator", out,
-         "--out", str(folder / EVALUATION), *common],
+         "--out", str(folder / EVALUATION), *flags(EVALUATION_PARAMETERS, rows), *common],
     ]  # fmt: skip
     asked = {"source": source, "held_out": held_out, "models": list(values["models"]), **cache_rows, **rows}
     target = str(aggregators.folder() / f"{name}.safetensors")
-    return Job(name, asked, commands, configs, [paths.paths["Stable Diffusion"]], target)
+    return Job(name, asked, commands, configs, [paths.paths[key] for key in PACKAGES if key in paths.paths], target)
 
 
 def flags(rows: Sequence[Parameter], values: Mapping[str, Any]) -> list[str]:
@@ -106,14 +113,14 @@ def check_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
     configs = []
     for info, file, kind in zip(infos, files, kinds):
         if kind not in KINDS:
-            raise SettingError("models", info.name, f"it is {kind}; allowed: sd1, sd2 (SDXL can't be trained here yet)")
+            raise SettingError("models", info.name, f"it is {kind}; allowed: {', '.join(KINDS)}")
         differ = [key for key, shape in files[0].unet_shapes.items() if file.unet_shapes.get(key) != shape]
         if kind != kinds[0] or differ:
             told = f"its U-Net is of another kind or size than that of {infos[0].name}"
             raise SettingError("models", info.name, f"{told}; allowed: checkpoints of one architecture")
         if file.unet_shapes["input_blocks.0.0.weight"][1] != file.latent_channels:
             raise SettingError("models", info.name, "it is for inpainting or editing; allowed: ordinary checkpoints")
-        for prefix, part in ((TEXT_PREFIX, "text encoder"), *([(VAE_PREFIX, "VAE")] if file is files[0] else [])):
+        for prefix, part in ((file.text_prefix, "text encoder"), *([(VAE_PREFIX, "VAE")] if file is files[0] else [])):
             if not any(key.startswith(prefix) for key in file.shapes):
                 raise SettingError("models", info.name, f"no {part} ({prefix}*) in it")
         near = sd_models_config.find_checkpoint_config_near_filename(info)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from lib_fusion.__main__ import main
 from lib_fusion.errors import FusionError
-from lib_fusion.training.cache import Cache, write_cache
+from lib_fusion.training.cache import Cache, Text, write_cache
 from lib_fusion.training.pictures import Captioned, PictureError, read_pictures, to_tensor
 from tests.training.conftest import DEMO, MODELS, NAMES, write_pictures
 
@@ -31,8 +31,10 @@ def test_holds_what_the_encoders_give(data):
     expected = data.encoders.encode_picture(to_tensor(picture, 64))
     torch.testing.assert_close(latent, expected, atol=2e-3, rtol=2e-3)
     for text, state in zip(texts, data.encoders.encode_texts(["a car, flat drawing"]), strict=True):
-        torch.testing.assert_close(text, state[0], atol=5e-3, rtol=2e-3)
-    torch.testing.assert_close(cache.empty[1], data.encoders.encode_texts([""])[1][0], atol=5e-3, rtol=2e-3)
+        torch.testing.assert_close(text.states, state.states[0], atol=5e-3, rtol=2e-3)
+    empty = data.encoders.encode_texts([""])[1].states[0]
+    torch.testing.assert_close(cache.empty[1].states, empty, atol=5e-3, rtol=2e-3)
+    assert cache.empty[1].pooled is None
 
 
 def test_states_of_different_encoders_are_kept_apart(tmp_path, data):
@@ -44,12 +46,12 @@ def test_states_of_different_encoders_are_kept_apart(tmp_path, data):
 
         def encode_texts(self, texts):
             first = torch.arange(len(texts) * 6, dtype=torch.float32).view(-1, 2, 3)
-            return [first, first + 1]
+            return [Text(first), Text(first + 1)]
 
     write_cache(data.pictures, tmp_path / "cache", Two(), 64)
     cache = Cache(tmp_path / "cache")
     _, (first, second) = cache.read(cache.entries[3])
-    assert torch.equal(second, first + 1)
+    assert torch.equal(second.states, first.states + 1)
 
 
 def test_a_second_run_does_only_what_is_new(tmp_path, data):

@@ -53,7 +53,7 @@ def test_single_models_are_the_models_themselves(result, data):
             generator = torch.Generator().manual_seed(zlib.crc32(f"{entry.name}/650".encode()))
             noise, a = torch.randn(latent.shape, generator=generator), alphas_cumprod()[650]
             x = (a.sqrt() * latent + (1 - a).sqrt() * noise)[None]
-            total += (unets[m](x, torch.tensor([650]), texts[m][None])[0] - noise).square().mean().item()
+            total += (unets[m](x, torch.tensor([650]), texts[m].states[None])[0] - noise).square().mean().item()
         assert result.loss[name]["a"][650] == pytest.approx(total / len(entries), rel=1e-4)
 
 

@@ -220,9 +220,9 @@ def test_repeats_and_sizes_decide_how_often(tmp_path, data):
 def test_no_caption_is_always_dropped_or_never(data):
     cache = Cache(data.cache)
     texts = Batches(cache, replace(QUICK, caption_dropout=1.0)).draw(0, slice(0, 4))[1]
-    assert all(torch.equal(row, cache.empty[m]) for m, states in enumerate(texts) for row in states)
+    assert all(torch.equal(row, cache.empty[m].states) for m, text in enumerate(texts) for row in text.states)
     texts = Batches(cache, replace(QUICK, caption_dropout=0.0)).draw(0, slice(0, 4))[1]
-    assert not any(torch.equal(row, cache.empty[0]) for row in texts[0])
+    assert not any(torch.equal(row, cache.empty[0].states) for row in texts[0].states)
 
 
 def test_goes_on_from_other_weights(tmp_path, data, finished):

@@ -31,7 +31,8 @@ def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(training, "check_prediction", lambda *_: None)
     monkeypatch.setattr(training.sd_models_config, "find_checkpoint_config_near_filename", config)
     monkeypatch.setattr(training.paths, "models_path", str(tmp_path))
-    monkeypatch.setattr(training.paths, "paths", {"Stable Diffusion": "/host/ldm"}, raising=False)
+    packages = {"Stable Diffusion": "/host/ldm", "Stable Diffusion XL": "/host/sgm", "BLIP": "/host/x"}
+    monkeypatch.setattr(training.paths, "paths", packages, raising=False)
     monkeypatch.setattr(training.shared, "cmd_opts", SimpleNamespace(hide_ui_dir_config=False), raising=False)
     return training
 
@@ -46,7 +47,8 @@ def form(source: Path, **changes: object) -> dict[str, Any]:
 
 def test_commands(training: Any, tmp_path: Path) -> None:
     source, held_out = write_pictures(tmp_path / "a"), write_pictures(tmp_path / "b")
-    changes = {"steps": 70.0, "checkpointing": True, "schedule": "cosine", "ema": 0.999, "resolution": 64.0}
+    changes = {"steps": 70.0, "checkpointing": True, "schedule": "cosine", "ema": 0.999, "resolution": 64.0,
+               "precision": "bfloat16"}  # fmt: skip
     store = training.jobs()
     job = training.make_job(form(source, held_out=str(held_out), **changes), store)
     args = [build_parser().parse_args(command) for command in job.commands]
@@ -55,6 +57,7 @@ def test_commands(training: Any, tmp_path: Path) -> None:
     files = [str(DEMO / f"{name}.safetensors") for name in ("animals", "vehicles", "food")]
     assert all(a.model == files and a.device == "cpu" for a in args)
     assert [a.cache for a in args] == [str(folder / part) for part in ("cache", "held-out", "cache", "held-out")]
+    assert args[3].precision == "bfloat16"
     assert (args[0].source, args[1].source) == (str(source), str(held_out))
     assert args[2].out == args[3].aggregator == str(folder / "taught.safetensors")
     read = read_rows(TRAINING_PARAMETERS, given_rows(args[2], TRAINING_PARAMETERS))
@@ -63,7 +66,7 @@ def test_commands(training: Any, tmp_path: Path) -> None:
     assert job.name == "taught"
     assert job.target == str(tmp_path / "denoiser-fusion/taught.safetensors")
     assert [Path(config).name for config in job.configs] == ["animals.yaml", "vehicles.yaml", "food.yaml"]
-    assert job.paths == ["/host/ldm"]
+    assert job.paths == ["/host/ldm", "/host/sgm"]
     assert not folder.exists()
 
 

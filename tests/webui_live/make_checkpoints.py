@@ -62,7 +62,9 @@ def make_open_clip() -> None:
     open_clip.add_model_config(str(OPEN_CLIP))
     scripts = DATA / "extensions/tiny-openclip/scripts"
     scripts.mkdir(parents=True, exist_ok=True)
-    (scripts / "register.py").write_text(f"import open_clip\nopen_clip.add_model_config({str(OPEN_CLIP)!r})\n")
+    # In the host, and in any process that has the folder on its PYTHONPATH.
+    for path in (scripts / "register.py", OPEN_CLIP / "sitecustomize.py"):
+        path.write_text(f"import open_clip\nopen_clip.add_model_config({str(OPEN_CLIP)!r})\n")
 
 
 VAE = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32,

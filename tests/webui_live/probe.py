@@ -207,17 +207,38 @@ script_callbacks.on_list_unets(lambda unets: unets.append(ProbeEngineOption()))
 
 
 def train(values: str):
-    """Starts a training as the tab does, from the form's values as JSON; what it is refused with, or nothing."""
+    """Starts a training as the tab does, from the form's values as JSON; what it is refused with, or nothing.
+
+    Its process is told of the small OpenCLIP models that this one knows.
+    """
     import json
+    import os
+    from unittest import mock
 
     from lib_fusion.errors import FusionError
     from lib_fusion.webui import training
 
-    try:
-        training.start(json.loads(values))
-    except FusionError as error:
-        return {"refused": str(error)}
+    with mock.patch.dict(os.environ, PYTHONPATH=f"{shared.data_path}/tiny-openclip"):
+        try:
+            training.start(json.loads(values))
+        except FusionError as error:
+            return {"refused": str(error)}
     return {"refused": ""}
 
 
-script_callbacks.on_app_started(lambda _, app: app.add_api_route("/probe/train", train, methods=["GET"]))
+def condition(text: str, width: int, height: int, negative: bool = False):
+    """What the host's SDXL model is told of a prompt: states (T,D) and the vector (V,)."""
+    from modules.prompt_parser import SdConditioning
+
+    batch = SdConditioning([text], is_negative_prompt=negative, width=width, height=height)
+    with torch.no_grad(), devices.autocast():
+        found = shared.sd_model.get_learned_conditioning(batch)
+    return {"states": found["crossattn"][0].tolist(), "vector": found["vector"][0].tolist()}
+
+
+def add_more_routes(_, app):
+    for handler in (train, condition):
+        app.add_api_route(f"/probe/{handler.__name__}", handler, methods=["GET"])
+
+
+script_callbacks.on_app_started(add_more_routes)

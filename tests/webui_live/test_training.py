@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,24 +146,61 @@ def same_as_the_engines(cache: Path, pictures: Path, names: Names) -> None:
     assert len(found.entries) == len(PICTURES)
     for a, b in zip(found.entries, expected.entries):
         assert (a.name, a.caption) == (b.name, b.caption)
-        for x, y in zip((found.read(a)[0], *found.read(a)[1]), (expected.read(b)[0], *expected.read(b)[1])):
-            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.read(a)[0], expected.read(b)[0], rtol=1e-3, atol=1e-4)
+        for x, y in zip(found.read(a)[1], expected.read(b)[1]):
+            torch.testing.assert_close(x.states, y.states, rtol=1e-3, atol=1e-4)
     for x, y in zip(found.empty, expected.empty):
-        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(x.states, y.states, rtol=1e-3, atol=1e-4)
 
 
-def test_sd2_is_encoded_as_the_host_does(tmp_path: Path) -> None:
+def test_sdxl(client: Client, host: Host, pictures: Path, trainings: Path) -> None:
+    """From pictures to a file that the panel uses; the cache has what the host tells its own models."""
+    import torch
+
+    from lib_fusion.training.cache import Cache
+    from lib_fusion.unet.vector import sdxl_vector
+    from lib_fusion.webui.jobs import Jobs
+
+    two = models("tiny_xl", "tiny_xl_b")["models"]
+    asked = form(pictures, name="taught", models=two, resolution=64, steps=6, precision="bfloat16", checkpointing=True)
+    assert client.ask("/probe/train", values=json.dumps(asked))["refused"] == ""
+    store, deadline = Jobs(trainings), time.monotonic() + 90
+    while store.status("taught").phase == "running" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    status = store.status("taught")
+    assert (status.phase, status.step) == ("finished", 6), store.log("taught")
+    assert all(0 < loss < 10 for _, loss, *_ in status.rows)
+
+    cache = Cache(trainings / "taught/cache")
+    told = [*((entry.caption, cache.read(entry)[1], False) for entry in cache.entries[:2]), ("", cache.empty, True)]
+    for m, name in enumerate(two):
+        with client.settings({"sd_model_checkpoint": name}):
+            for caption, texts, negative in told:
+                theirs = client.ask("/probe/condition", text=caption, width=64, height=64, negative=negative)
+                vector = sdxl_vector(texts[m].pooled[None], 64, 64)[0]
+                torch.testing.assert_close(texts[m].states, torch.tensor(theirs["states"]), rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(vector, torch.tensor(theirs["vector"]), rtol=1e-3, atol=1e-3)
+    assert not any(text.states.any() or text.pooled.any() for text in cache.empty)
+
+    on = client.draw({"method": "AFA", "afa_aggregator": "taught"}, model="tiny_xl")
+    assert on.params["Fusion expert 1 checkpoint"] == "tiny_xl_b.safetensors"
+    assert not on.same_as(client.draw(model="tiny_xl"))
+
+
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
+def test_encoded_as_the_host_does(tmp_path: Path, kind: str) -> None:
     """The host's classes with OpenCLIP, built without weights and loaded part by part, against its whole models."""
     try:
         folder, python = find_host()
     except NoHostError as error:
         pytest.skip(str(error))
-    command = [str(python), str(Path(__file__).with_name("encode_sd2.py")), str(tmp_path), str(folder)]
+    command = [str(python), str(Path(__file__).with_name("encode_kinds.py")), str(tmp_path), str(folder), kind]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["models"] == ["two_a", "two_b"]
-    assert max(found["latent"], *found["states"]) < 1e-5
+    assert len(found["vectors"]) == (2 if kind == "sdxl" else 0)
+    assert max(found["latent"], *found["states"], *found["vectors"]) < 1e-5
 
 
 def form(pictures: Path, **changes: object) -> dict[str, Any]:
@@ -188,7 +226,8 @@ def models(*names: str) -> dict[str, list[str]]:
         (models("tiny_a"), "models: .*allowed: 2 to 4 checkpoints, the base first"),
         (models("tiny_a", "nobody"), "models: 'nobody.safetensors' is not allowed; no such checkpoint"),
         (models("tiny_a", "tiny_a"), "models: .*there twice"),
-        (models("tiny_xl", "tiny_xl_b"), "models: 'tiny_xl.safetensors' .*it is sdxl; allowed: sd1, sd2"),
+        (models("tiny_xl", "tiny_a"), "models: 'tiny_a.safetensors' .*its U-Net is of another kind or size"),
+        (models("tiny_xl", "tiny_xl_v"), "they predict different things"),
         (models("tiny_inpaint", "tiny_inpaint_copy"), "it is for inpainting or editing"),
         (models("tiny_a", "tiny_inpaint"), "its U-Net is of another kind or size"),
         (models("tiny_a", "tiny_v"), "they predict different things"),
