@@ -344,9 +344,9 @@ def test_by_keyboard(page: Any, client: Client, names: Names) -> None:
     open_tab(page, "Blend")
     press_radio(page, f"{panel}_method", "Average")
     page.locator(f"{panel}_snb_hold").wait_for(state="hidden")
-    page.locator(f"{panel}_method input:checked").focus()
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.closest('[id$=snb_window_start]') !== null")
+    page.locator(f"{panel}_snb_window_end input[type=range]").focus()
+    page.keyboard.press("Tab")  # over saliency, hold and both k
+    assert page.evaluate("document.activeElement.closest('[id$=denoiser_fusion_preset]') !== null")
 
 
 def test_reload(page: Any, client: Client, host: Host, names: Names) -> None:
