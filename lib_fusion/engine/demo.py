@@ -82,8 +82,8 @@ def make_sheet(
         rows.append((f"{prompt}  (base: {base}, expert: {expert})", cells))
     columns = [*methods, *(f"mask at t = {t:.0f}" for t, _ in shown)]
     sheet(rows, columns, out, "Two checkpoints, one picture",
-          "AFA: by aggregators trained within an hour on one core; in the last two rows, of all three experts. Masks of "
-          "SNB (paper): orange where the noise is the expert's. Held: the mask of the first steps is kept.")
+          "AFA: by aggregators trained within an hour on one core; in the last two rows, of all three experts. Masks "
+          "of SNB (paper): orange where the noise is the expert's. Held: the mask of the first steps is kept.")
     return {"sheet": str(out), "scenes": [list(scene) for scene in SCENES], "steps": steps, "seed": seed,
             "fusion": asdict(snb), "runs": list(runs.values())}  # fmt: skip
 
