@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops
 
-from lib_fusion.engine.demo import AFA_FROM
+from lib_fusion.engine.demo import AFA_FROM, AVERAGE_FIRST
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import quiet_libraries
 from lib_fusion.engine.pictures import font, sheet
@@ -103,7 +103,7 @@ def draw_hold(studio: Studio) -> None:
 def draw_methods(studio: Studio) -> None:
     """The same scenes by every method; how AFA's aggregator routes them is told by its previews."""
     afa = {"method": "AFA", "afa_aggregator": str(DEMO / "afa-animals-vehicles.safetensors")}
-    later = {**afa, "snb_window": (AFA_FROM, 0.0), "snb_outside": "average"}
+    later = {**afa, **AVERAGE_FIRST}
     columns = {"only base": {"method": "AFA", "afa_maps": "only base"},
                "only expert": {"method": "AFA", "afa_maps": "only expert 1"},
                "average": {"method": "Average"}, "SNB, hold 900": {"snb_hold": HOLD},

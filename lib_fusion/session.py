@@ -172,6 +172,7 @@ class FusionSession:
         if len(cond) == 1:
             return next(iter(cond.values())), next(iter(uncond.values()))
         if self._averages(timestep):
+            self.last_winner = None  # no position is one model's here
             return snb.average(cond.values()), snb.average(uncond.values())
         index = self.winner(timestep, cond, uncond, guidance_scale)
         return snb.select(index, cond), snb.select(index, uncond)
@@ -192,16 +193,14 @@ class FusionSession:
         the last mask is held. None is returned where there is no mask yet.
         """
         if self._averages(timestep):
+            self.last_winner = None
             return snb.average(rows.values())
         index = self.last_winner if cond is None else self.winner(timestep, cond, uncond, guidance_scale)
         return None if index is None else snb.select(index[owner], rows)
 
     def _averages(self, timestep: float) -> bool:
-        """Whether the models' noises are averaged here; no position is then one model's."""
-        if self.settings.method != "Average" and self.settings.in_window(timestep):
-            return False
-        self.last_winner = None
-        return True
+        """Whether the models' noises are averaged here: by the method, or outside the window."""
+        return self.settings.method == "Average" or not self.settings.in_window(timestep)
 
     def winner(
         self,

@@ -31,8 +31,9 @@ ENSEMBLES = {
 }
 CFG_SCALE = 5.0
 HOLD = 900.0
-#: The timestep at which AFA takes over from the average (docs/afa.md).
+#: The timestep at which AFA takes over from the average (docs/afa.md), and the settings that make it so.
 AFA_FROM = 500.0
+AVERAGE_FIRST = {"snb_window": (AFA_FROM, 0.0), "snb_outside": "average"}
 
 
 def make_sheet(
@@ -96,4 +97,4 @@ def afa_settings(file: str, models: tuple[str, ...]) -> FusionSettings:
 
 def average_first(afa: FusionSettings) -> FusionSettings:
     """AFA's settings with the average of the models while there is more noise than picture."""
-    return replace(afa, snb_window=(AFA_FROM, 0.0), snb_outside="average")
+    return replace(afa, **AVERAGE_FIRST)

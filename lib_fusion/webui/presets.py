@@ -13,7 +13,7 @@ from lib_fusion.settings import FusionSettings
 LONGEST_NAME = 200
 #: The name of a person's own file, in the WebUI's data directory.
 FILE = "denoiser-fusion-presets.json"
-#: MagicFusion's published settings (its own examples; the code's saliency) the mask held after the noisiest steps,
+#: MagicFusion's published settings (its own examples; the code's saliency), the mask held after the noisiest steps,
 #: and AFA for the later half.
 SHIPPED: dict[str, dict[str, Any]] = {
     "MagicFusion: lion (first SNB, then the base)": {

@@ -26,7 +26,7 @@ from lib_fusion.unet.lockstep import Lockstep
 from lib_fusion.webui.aggregators import AggregatorCache, make_lockstep, together
 from lib_fusion.webui.experts import Expert, model_of
 from lib_fusion.webui.rows import Context, Rows, change_prediction, put_context, strip_marker, weights_of
-from lib_fusion.webui.skipping import CORRECTED, Corrector, StepSkips, leaves_out_uncond
+from lib_fusion.webui.skipping import CORRECTED, Corrector, StepSkips, alpha_of, has_timesteps, leaves_out_uncond
 
 #: Settings of the previews: this and a name in PREVIEWS or a key of MAP_PARAMETERS.
 PREVIEW_OPTION = "denoiser_fusion_preview_"
@@ -66,7 +66,6 @@ class FusionPass:
         self._hooks: list[Hooks] = []
         self.lockstep: Lockstep | None = None
         self._skipping: StepSkips | None = None
-        self._corrector: Corrector | None = None
 
     def _take(self, sd_model: nn.Module) -> None:
         self.experts, self.contexts = self.equip(sd_model)
@@ -279,14 +278,8 @@ class FusionPass:
             raw = self._original(x, t, told, *args, **kwargs)
         if expert.model.prediction == self.model.prediction:
             return raw
-        return change_prediction(raw, x, self._alpha(), self.model.prediction)
-
-    def _alpha(self) -> float:
-        """How much of this step's latent is picture, in variance: the cumulated alpha of its noise level."""
-        level = float(self._sigma[0])
-        if isinstance(self._denoiser, sd_samplers_timesteps.CFGDenoiserTimesteps):
-            return float(self.sd_model.alphas_cumprod[int(level)])
-        return 1 / (1 + level**2)
+        alpha = alpha_of(self._denoiser, float(self._sigma[0]), self.sd_model.alphas_cumprod)
+        return change_prediction(raw, x, alpha, self.model.prediction)
 
     def _scale(self, inner_model: Any) -> torch.Tensor:
         """What one unit of raw output is in the host's rows (R,1,1,1): its denoisers are linear in the output."""
@@ -304,7 +297,7 @@ class FusionPass:
         if self.sd_model.parameterization != "v":
             return 1.0
         sigma = self._sigma[: rows.cursor]
-        if isinstance(self._denoiser, sd_samplers_timesteps.CFGDenoiserTimesteps):
+        if has_timesteps(self._denoiser):
             scale = self.sd_model.alphas_cumprod[sigma.to(torch.int)].sqrt()
         else:
             scale = (sigma**2 + 1).rsqrt()

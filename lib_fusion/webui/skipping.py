@@ -32,17 +32,17 @@ class StepSkips:
     def __init__(self, session: FusionSession, rows: Rows, denoiser: Any, latents: torch.Tensor, sigma: torch.Tensor,
                  alphas: torch.Tensor, guidance_scale: float) -> None:  # fmt: skip
         self.session, self.rows, self.skips = session, rows, session.skips
-        is_timestep = isinstance(denoiser, sd_samplers_timesteps.CFGDenoiserTimesteps)
         level = float(sigma[0])
-        self.alpha = float(alphas[int(level)]) if is_timestep else 1 / (1 + level**2)
+        self.alpha = alpha_of(denoiser, level, alphas)
         self.weights = row_weights(rows, guidance_scale, latents)
         self.owners = rows.owners(torch.device("cpu")).tolist()
         self._needed: dict[int, list[int]] = {}
         self._noises: dict[int, dict[int, torch.Tensor]] = {}
         first = latents[rows.first_rows()]
+        scaled = first if has_timesteps(denoiser) else first * math.sqrt(self.alpha)
         is_last = level <= session.levels[-2] * (1 + 1e-6)
         log_sigma = math.log((1 - self.alpha) / self.alpha) / 2
-        self.skips.begin_step(log_sigma, list(first if is_timestep else first * math.sqrt(self.alpha)), is_last)
+        self.skips.begin_step(log_sigma, list(scaled), is_last)
 
     def run(self, model: int, x: torch.Tensor, t: torch.Tensor, cond: dict[str, Any], chosen: range, together: bool,
             is_v: bool, call: Run) -> torch.Tensor:  # fmt: skip
@@ -94,6 +94,16 @@ class StepSkips:
                 shape = (len(self.rows.weights[picture]) + 1, *noise.shape[1:])
                 self._noises[model][picture] = torch.zeros(shape, dtype=torch.float32, device=noise.device)
             self._noises[model][picture][self._place(start + i)] = noise[i]
+
+
+def has_timesteps(denoiser: Any) -> bool:
+    """Whether a denoiser's noise levels are timesteps, and its latents variance-preserving; else they are sigmas."""
+    return isinstance(denoiser, sd_samplers_timesteps.CFGDenoiserTimesteps)
+
+
+def alpha_of(denoiser: Any, level: float, alphas: torch.Tensor) -> float:
+    """How much of a step's latent is picture, in variance: the cumulated alpha of its noise level."""
+    return float(alphas[int(level)]) if has_timesteps(denoiser) else 1 / (1 + level**2)
 
 
 def leaves_out_uncond(denoiser: Any, sigma: torch.Tensor, s_min_uncond: float) -> bool:
