@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
+from lib_fusion.fusion.lockstep import Lockstep, mean_context, sizes_for
 from lib_fusion.methods.afa import uniform
 from lib_fusion.unet.config import SD15, unet_shapes
-from lib_fusion.unet.lockstep import Lockstep, mean_context, sizes_for
 from lib_fusion.unet.model import UNet
 
 #: The demo's U-Net and Stable Diffusion 1.5's, the side of the latent each is measured at, and the aggregators' sizes.

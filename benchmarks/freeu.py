@@ -21,9 +21,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.unets import unet_2d_blocks
 from torch import nn
 
+from lib_fusion.fusion.hooks import attach_freeu
 from lib_fusion.methods.freeu import FreeU, LowBand, Stage
 from lib_fusion.unet.config import SD15, unet_shapes
-from lib_fusion.unet.hooks import attach_freeu
 from lib_fusion.unet.layout import read_layout
 from lib_fusion.unet.model import load_unet
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lib_fusion.engine.measures import psnr
-from lib_fusion.settings import SKIP_PRESETS
+from benchmarks.measures import psnr
+from lib_fusion.requests.settings import SKIP_PRESETS
 from tests.webui_live.client import Client
 from tests.webui_live.host import Host, prepare_data
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from lib_fusion.engine.demo import FOLDER
+from lib_fusion.engine.demo_sheet import FOLDER
 from lib_fusion.engine.generate import Engine
-from lib_fusion.session import FusionSession
-from lib_fusion.settings import FusionSettings, GenerationSettings
+from lib_fusion.fusion.session import FusionSession
+from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 from lib_fusion.unet.config import SD15, unet_shapes
 from lib_fusion.unet.model import load_unet
 

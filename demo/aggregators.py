@@ -17,8 +17,8 @@ from PIL import Image
 
 from demo.concepts import CATEGORIES, CATEGORY_OF, CONCEPTS, LAYOUTS, STYLES, is_held_out, scene_caption, single_caption
 from demo.data import render
-from lib_fusion.__main__ import main as command
-from lib_fusion.engine.demo import ENSEMBLES
+from lib_fusion.cli import main as command
+from lib_fusion.engine.demo_sheet import ENSEMBLES
 
 HERE = Path(__file__).resolve().parent
 TRAINING_SCENES, HELD_OUT_SCENES = 1200, 96

@@ -22,12 +22,12 @@ from torch import nn
 from demo.concepts import CATEGORIES, CATEGORY_OF, CONCEPTS, STYLES, is_held_out, scene_caption, single_caption
 from demo.data import render
 from demo.experts import Latents, alphas_cumprod
-from lib_fusion.engine.demo import ENSEMBLES, afa_settings, average_first
+from lib_fusion.engine.demo_sheet import ENSEMBLES, afa_settings, average_first
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import VAE_SCALE, quiet_libraries
-from lib_fusion.engine.pictures import sheet
-from lib_fusion.session import FusionSession
-from lib_fusion.settings import ExpertSettings, FusionSettings, GenerationSettings
+from lib_fusion.engine.sheets import sheet
+from lib_fusion.fusion.session import FusionSession
+from lib_fusion.requests.settings import ExpertSettings, FusionSettings, GenerationSettings
 
 HERE = Path(__file__).resolve().parent
 MODELS = ("general", *CATEGORIES)

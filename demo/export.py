@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 from demo.experts import UNET
 from demo.text import WIDTH
 from demo.vae import CHANNELS, SCALE
-from lib_fusion.checkpoint import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
+from lib_fusion.unet.checkpoint import TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
 from lib_fusion.unet.model import UNet
 
 #: The tokenizer's folder as seen from the WebUI's root, where it is started.

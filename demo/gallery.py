@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops
 
-from lib_fusion.engine.demo import AFA_FROM, AVERAGE_FIRST
+from lib_fusion.engine.demo_sheet import AFA_FROM, AVERAGE_FIRST
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import quiet_libraries
-from lib_fusion.engine.pictures import font, sheet
+from lib_fusion.engine.sheets import font, sheet
+from lib_fusion.fusion.records import Keep, PictureRecords
 from lib_fusion.previews import draw_previews, mask_image
-from lib_fusion.records import Keep, PictureRecords
-from lib_fusion.settings import FusionSettings, GenerationSettings
+from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 
 DEMO = Path(__file__).parent
 FOLDER = DEMO.parent / "docs/gallery"

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from lib_fusion.records import PictureRecords
-from lib_fusion.settings import FusionSettings
-from lib_fusion.skips import SKIPPED
+from lib_fusion.fusion.policies import SKIPPED
+from lib_fusion.fusion.records import PictureRecords
+from lib_fusion.requests.settings import FusionSettings
 
 #: Colours of base, first, second and third expert.
 MODEL_COLOURS = ((47, 62, 92), (242, 169, 59), (74, 163, 150), (201, 84, 110))

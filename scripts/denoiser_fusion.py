@@ -2,8 +2,10 @@
 
 from modules import script_callbacks, scripts
 
-from lib_fusion.webui import api, panel, script, training_tab, xyz
+from lib_fusion.webui import script
+from lib_fusion.webui.panel.panel import api, panel, xyz
 from lib_fusion.webui.runtime import runtime
+from lib_fusion.webui.training.start import tab as training_tab
 
 
 class DenoiserFusionScript(scripts.Script):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib_fusion.checkpoint import UNET_PREFIX
+from lib_fusion.unet.checkpoint import UNET_PREFIX
 from lib_fusion.unet.config import SD15, unet_shapes
 
 Config = dict[str, Any]

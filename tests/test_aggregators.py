@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib_fusion.aggregators import (
+from lib_fusion.errors import CheckpointError, FusionError
+from lib_fusion.fusion.aggregator_files import (
     Card,
     convert_official,
     load_aggregators,
@@ -17,8 +18,7 @@ from lib_fusion.aggregators import (
     read_card,
     save_aggregators,
 )
-from lib_fusion.errors import CheckpointError, FusionError
-from lib_fusion.unet.lockstep import sizes_for
+from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.unet.model import load_unet
 from tests.helpers import SMALL, random_weights
 from tests.methods.test_afa import randomize
@@ -186,7 +186,8 @@ def test_conversion_refuses_what_is_something_else(folder, tmp_path):
 
 def test_a_failed_write_leaves_nothing(folder, tmp_path, monkeypatch):
     card, aggregators = make(folder, "ab")
-    monkeypatch.setattr("lib_fusion.aggregators.save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    full = lambda *_: (_ for _ in ()).throw(OSError("disk full"))  # noqa: E731
+    monkeypatch.setattr("lib_fusion.fusion.aggregator_files.save_file", full)
     with pytest.raises(OSError, match="disk full"):
         save_aggregators(tmp_path / "x.safetensors", card, aggregators.state_dict())
     assert list(tmp_path.iterdir()) == []

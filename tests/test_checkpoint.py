@@ -5,9 +5,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import lib_fusion.checkpoint
-from lib_fusion.checkpoint import UNET_PREFIX, VAE_PREFIX, Checkpoint
+import lib_fusion.unet.checkpoint
 from lib_fusion.errors import CheckpointError
+from lib_fusion.unet.checkpoint import UNET_PREFIX, VAE_PREFIX, Checkpoint
 from lib_fusion.unet.model import load_unet
 from tests.helpers import SMALL, random_inputs, random_weights
 
@@ -59,7 +59,7 @@ def test_load_unet_reads_its_own_tensors_only(save, monkeypatch):
         return Recorder()
 
     path = save(whole())
-    monkeypatch.setattr(lib_fusion.checkpoint, "safe_open", recording)
+    monkeypatch.setattr(lib_fusion.unet.checkpoint, "safe_open", recording)
     load_unet(path)
     assert sorted(read) == sorted(UNET_PREFIX + name for name in random_weights(SMALL["sd1"]))
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from lib_fusion.infotext import list_fields
-from lib_fusion.settings import MAP_PARAMETERS, PREVIEW_PARAMETERS
+from lib_fusion.requests.infotext import list_fields
+from lib_fusion.requests.settings import MAP_PARAMETERS, PREVIEW_PARAMETERS
 
 ROOT = Path(__file__).parents[1]
 #: Names that stay as they are in every language.
 NAMES = {"SNB", "SD1.4", "SD1.5", "SD2.1", "SDXL", "1", "2"}
 
 
-def words_of_panel(name: str = "panel.py") -> set[str]:
+def words_of_panel(name: str = "panel/panel.py") -> set[str]:
     """Literal labels of tabs, accordions, buttons and controls, and the settings page's, as the file has them."""
     words = set()
     for call in ast.walk(ast.parse((ROOT / "lib_fusion/webui" / name).read_text("utf-8"))):
@@ -45,7 +45,7 @@ def test_every_label_is_translated(file: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "localizations").glob("*.json")), ids=lambda file: file.stem)
 def test_every_label_of_the_training_tab_is_translated(file: Path) -> None:
-    from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
+    from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
 
     labels = {label_of(row) for row in (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)} | {"Fusion training"}
-    assert not (labels | words_of_panel("training_tab.py")) - set(json.loads(file.read_text("utf-8")))
+    assert not (labels | words_of_panel("training/tab.py")) - set(json.loads(file.read_text("utf-8")))

@@ -8,11 +8,11 @@ import torch
 from PIL import Image, ImageFont
 
 from lib_fusion.errors import SettingError
+from lib_fusion.fusion.policies import COMPUTED, SKIPPED
+from lib_fusion.fusion.records import AfaWatch, Keep, PictureRecords, Records
+from lib_fusion.fusion.session import FusionSession
 from lib_fusion.previews import MODEL_COLOURS, attention_maps, draw_previews, skip_timeline, weight_bars
-from lib_fusion.records import AfaWatch, Keep, PictureRecords, Records
-from lib_fusion.session import FusionSession
-from lib_fusion.settings import PREVIEWS, FusionSettings
-from lib_fusion.skips import COMPUTED, SKIPPED
+from lib_fusion.requests.settings import PREVIEWS, FusionSettings
 
 POINTS = ("input_blocks.0", "middle_block", "output_blocks.0", "out")
 PICTURE = Image.new("RGB", (128, 64), (120, 130, 140))

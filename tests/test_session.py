@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lib_fusion.fusion.records import Keep
+from lib_fusion.fusion.session import FusionSession
 from lib_fusion.methods import snb
-from lib_fusion.records import Keep
-from lib_fusion.session import FusionSession
-from lib_fusion.settings import FusionSettings
+from lib_fusion.requests.settings import FusionSettings
 
 
 def session(experts: int = 1, **values) -> FusionSession:

@@ -14,20 +14,20 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from lib_fusion.aggregators import load_for, model_of
-from lib_fusion.checkpoint import Checkpoint
+from lib_fusion.engine.corrections import SamplerSteps
 from lib_fusion.engine.loader import VAE_SCALE, DiffusionModel, check_checkpoint, load_model
 from lib_fusion.engine.samplers import make_scheduler
-from lib_fusion.engine.steps import SamplerSteps
 from lib_fusion.errors import CheckpointError, SettingError
+from lib_fusion.fusion.aggregator_files import load_for, model_of
+from lib_fusion.fusion.hooks import Hooks, attach_freeu
+from lib_fusion.fusion.lockstep import Lockstep, mean_context
+from lib_fusion.fusion.policies import join_records
+from lib_fusion.fusion.records import Keep, PictureRecords
+from lib_fusion.fusion.session import AGGREGATOR, FusionSession
 from lib_fusion.methods import afa
-from lib_fusion.records import Keep, PictureRecords
-from lib_fusion.session import AGGREGATOR, FusionSession
-from lib_fusion.settings import FusionSettings, GenerationSettings
-from lib_fusion.skips import join_records
-from lib_fusion.unet.hooks import Hooks, attach_freeu
+from lib_fusion.requests.settings import FusionSettings, GenerationSettings
+from lib_fusion.unet.checkpoint import Checkpoint
 from lib_fusion.unet.layout import read_layout
-from lib_fusion.unet.lockstep import Lockstep, mean_context
 
 
 @dataclass

@@ -12,8 +12,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging
 
-from lib_fusion.checkpoint import TEXT_PREFIX, VAE_PREFIX, Checkpoint
 from lib_fusion.errors import CheckpointError
+from lib_fusion.unet.checkpoint import TEXT_PREFIX, VAE_PREFIX, Checkpoint
 from lib_fusion.unet.model import UNet, load_unet
 
 #: The CLIP folder that SD1 checkpoints use; taken from the local cache or the model hub.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib_fusion.unet.layers import SpatialTransformer
+from lib_fusion.methods.layers import SpatialTransformer
 
 #: GroupNorm's groups, and the fewest channels in one: a group of one channel would take the time embedding, which is
 #: the same at every position, out again.

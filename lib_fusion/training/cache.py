@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lib_fusion.aggregators import part_hash
-from lib_fusion.checkpoint import VAE_PREFIX, Checkpoint
 from lib_fusion.errors import FusionError
-from lib_fusion.training.pictures import Captioned, PictureError, read_pictures, to_tensor
+from lib_fusion.fusion.aggregator_files import part_hash
+from lib_fusion.training.captioned import Captioned, PictureError, read_pictures, to_tensor
+from lib_fusion.unet.checkpoint import VAE_PREFIX, Checkpoint
 
 FORMAT = "denoiser-fusion-cache-1"
 INDEX, EMPTY = "index.json", "empty.safetensors"

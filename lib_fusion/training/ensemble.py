@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lib_fusion.checkpoint import Checkpoint
 from lib_fusion.errors import CheckpointError, FusionError
+from lib_fusion.fusion.lockstep import Lockstep, mean_context
 from lib_fusion.training.cache import Cache, Text, text_hashes
+from lib_fusion.unet.checkpoint import Checkpoint
 from lib_fusion.unet.layout import read_layout
-from lib_fusion.unet.lockstep import Lockstep, mean_context
 from lib_fusion.unet.model import UNet, load_unet
 from lib_fusion.unet.vector import SIZES_DIM, sdxl_vector
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from lib_fusion.aggregators import load_for, model_of
+from lib_fusion.fusion.aggregator_files import load_for, model_of
+from lib_fusion.fusion.lockstep import point_names
 from lib_fusion.methods import afa
 from lib_fusion.training.cache import Cache, Entry, Text, stack_texts
 from lib_fusion.training.ensemble import Ensemble, add_noise, alphas_cumprod, load_models
-from lib_fusion.unet.lockstep import point_names
 
 #: The middles of five equal ranges of timesteps.
 BUCKETS = (100, 300, 500, 700, 900)

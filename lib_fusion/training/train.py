@@ -22,12 +22,12 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib_fusion.aggregators import Card, Model, load_aggregators, model_of, save_aggregators
 from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.fusion.aggregator_files import Card, Model, load_aggregators, model_of, save_aggregators
+from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.training.cache import Cache, Text, stack_texts
 from lib_fusion.training.ensemble import TIMESTEPS, Ensemble, add_noise, alphas_cumprod, load_models
-from lib_fusion.training.settings import CHANGEABLE, TrainingSettings
-from lib_fusion.unet.lockstep import sizes_for
+from lib_fusion.training.options import CHANGEABLE, TrainingSettings
 
 LOG, STATE = "log.csv", "state.pt"
 COLUMNS = ("step", "loss", "learning_rate", "seconds")

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib_fusion.checkpoint import Checkpoint, describe_keys, unet_kind, unet_prefix
 from lib_fusion.errors import CheckpointError
-from lib_fusion.unet.layers import (
+from lib_fusion.methods.layers import (
     Downsample,
     ResBlock,
     SpatialTransformer,
@@ -24,6 +23,7 @@ from lib_fusion.unet.layers import (
     Upsample,
     timestep_embedding,
 )
+from lib_fusion.unet.checkpoint import Checkpoint, describe_keys, unet_kind, unet_prefix
 
 #: Attention heads: SD1 has always 8 of them; SD2 and SDXL have heads of 64 channels, as many as fit.
 SD1_HEADS = 8

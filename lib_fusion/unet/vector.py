@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lib_fusion.unet.layers import timestep_embedding
+from lib_fusion.methods.layers import timestep_embedding
 
 #: Width of each number's embedding.
 NUMBER_DIM = 256

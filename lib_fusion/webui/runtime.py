@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lib_fusion.errors import FusionError
-from lib_fusion.webui.aggregators import AggregatorCache
-from lib_fusion.webui.experts import ExpertCache
-from lib_fusion.webui.sampling import FusionPass
-from lib_fusion.webui.text import TextCache
+from lib_fusion.webui.models.aggregators import AggregatorCache
+from lib_fusion.webui.models.conditioning import TextCache
+from lib_fusion.webui.models.experts import ExpertCache
+from lib_fusion.webui.sampling.hooked_pass import FusionPass
 
 
 class Runtime:

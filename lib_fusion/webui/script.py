@@ -10,15 +10,17 @@ from typing import Any
 from modules import errors
 
 from lib_fusion.errors import FusionError, one_line
-from lib_fusion.infotext import infotext_keys, write_infotext
-from lib_fusion.records import Records
-from lib_fusion.settings import COMPARE, FusionSettings
-from lib_fusion.webui import compare, gallery, launch, sampling, xyz
-from lib_fusion.webui.aggregators import complete
-from lib_fusion.webui.experts import find_checkpoint
+from lib_fusion.fusion.records import Records
+from lib_fusion.requests.infotext import infotext_keys, write_infotext
+from lib_fusion.requests.request import read_args, values_of
+from lib_fusion.requests.settings import COMPARE, FusionSettings
+from lib_fusion.webui.models.aggregators import complete
+from lib_fusion.webui.models.experts import find_checkpoint
+from lib_fusion.webui.panel.panel import compare, gallery, xyz
 from lib_fusion.webui.refusal import RequestRefusedError
-from lib_fusion.webui.request import read_args, values_of
 from lib_fusion.webui.runtime import runtime
+from lib_fusion.webui.sampling.hooked_pass import hooked_pass as sampling
+from lib_fusion.webui.sampling.hooked_pass import launch
 
 ATTRIBUTE = "_denoiser_fusion"
 #: On a request that is to be compared: what it was before the host changed it.

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_fusion.__main__ import main
-from lib_fusion.aggregators import Card, model_of, read_card, save_aggregators
-from lib_fusion.engine.demo import ENSEMBLES
+from lib_fusion.cli import main
+from lib_fusion.engine.demo_sheet import ENSEMBLES
 from lib_fusion.engine.generate import Engine, single
 from lib_fusion.errors import FusionError, SettingError
-from lib_fusion.session import FusionSession
-from lib_fusion.settings import ExpertSettings, FusionSettings, GenerationSettings
-from lib_fusion.unet.lockstep import sizes_for
+from lib_fusion.fusion.aggregator_files import Card, model_of, read_card, save_aggregators
+from lib_fusion.fusion.lockstep import sizes_for
+from lib_fusion.fusion.session import FusionSession
+from lib_fusion.requests.settings import ExpertSettings, FusionSettings, GenerationSettings
 from tests.helpers import relative_error
 from tests.methods.test_afa import randomize
 

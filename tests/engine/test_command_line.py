@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lib_fusion.__main__ import build_parser, main
-from lib_fusion.settings import EXPERT_PARAMETERS, GENERATION_PARAMETERS, PARAMETERS
+from lib_fusion.cli import build_parser, main
+from lib_fusion.requests.settings import EXPERT_PARAMETERS, GENERATION_PARAMETERS, PARAMETERS
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 ANIMALS, VEHICLES = (str(DEMO / f"{name}.safetensors") for name in ("animals", "vehicles"))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from lib_fusion.checkpoint import Checkpoint
 from lib_fusion.engine.generate import Engine, single
 from lib_fusion.errors import SettingError
+from lib_fusion.fusion.hooks import attach_freeu
 from lib_fusion.methods.freeu import FreeU, Stage
-from lib_fusion.settings import ExpertSettings, FusionSettings, GenerationSettings
-from lib_fusion.unet.hooks import attach_freeu
+from lib_fusion.requests.settings import ExpertSettings, FusionSettings, GenerationSettings
+from lib_fusion.unet.checkpoint import Checkpoint
 from lib_fusion.unet.layout import read_layout
 from tests.helpers import diffusers_unet
 

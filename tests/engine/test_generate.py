@@ -12,9 +12,9 @@ import torch
 from lib_fusion.engine.generate import Engine, _alpha_at, single
 from lib_fusion.engine.samplers import make_scheduler
 from lib_fusion.errors import CheckpointError, SettingError
-from lib_fusion.records import Keep
-from lib_fusion.session import FusionSession
-from lib_fusion.settings import GENERATION_PARAMETERS, ExpertSettings, FusionSettings, GenerationSettings
+from lib_fusion.fusion.records import Keep
+from lib_fusion.fusion.session import FusionSession
+from lib_fusion.requests.settings import GENERATION_PARAMETERS, ExpertSettings, FusionSettings, GenerationSettings
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 ANIMALS, VEHICLES, FOOD = (DEMO / f"{name}.safetensors" for name in ("animals", "vehicles", "food"))

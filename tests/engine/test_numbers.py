@@ -12,10 +12,10 @@ from torch import nn
 
 from lib_fusion.engine.generate import Engine
 from lib_fusion.errors import FusionError
+from lib_fusion.fusion.lockstep import Lockstep, mean_context
+from lib_fusion.fusion.session import AGGREGATOR, FusionSession
 from lib_fusion.methods.skipping import ThirdOrderEstimator
-from lib_fusion.session import AGGREGATOR, FusionSession
-from lib_fusion.settings import FusionSettings, GenerationSettings
-from lib_fusion.unet.lockstep import Lockstep, mean_context
+from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 from tests.engine.test_generate import ANIMALS, ONE, VEHICLES
 from tests.methods.test_afa import inputs, small
 from tests.unet.test_lockstep import models, told, trained

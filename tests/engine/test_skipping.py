@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from lib_fusion.engine import bench_path, bench_skip
+from benchmarks import skip as bench_skip
+from benchmarks import skip_path as bench_path
+from benchmarks.measures import psnr, ssim
+from lib_fusion.engine.corrections import SamplerSteps
 from lib_fusion.engine.generate import Engine
-from lib_fusion.engine.measures import psnr, ssim
 from lib_fusion.engine.samplers import make_scheduler
-from lib_fusion.engine.steps import SamplerSteps
-from lib_fusion.session import FusionSession
-from lib_fusion.settings import GENERATION_PARAMETERS, ExpertSettings, FusionSettings, GenerationSettings
-from lib_fusion.skips import COMPUTED, SKIPPED, Correction
+from lib_fusion.fusion.policies import COMPUTED, SKIPPED, Correction
+from lib_fusion.fusion.session import FusionSession
+from lib_fusion.requests.settings import GENERATION_PARAMETERS, ExpertSettings, FusionSettings, GenerationSettings
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 SAMPLERS = next(row.choices for row in GENERATION_PARAMETERS if row.key == "sampler")

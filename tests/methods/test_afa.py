@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lib_fusion.fusion.lockstep import point_names, sizes_for
 from lib_fusion.methods.afa import Aggregator, AggregatorSizes, one_hot, uniform
 from lib_fusion.unet.config import unet_shapes
-from lib_fusion.unet.lockstep import point_names, sizes_for
 from lib_fusion.unet.model import UNet
 from tests.helpers import REAL, relative_error
 

@@ -65,10 +65,10 @@ def test_estimator_decides_as_the_official_code_on_a_thousand_sequences():
 
 def test_estimator_decides_as_the_official_code_on_real_latents():
     pytest.importorskip("diffusers")
+    from lib_fusion.engine.corrections import SamplerSteps
     from lib_fusion.engine.generate import Engine
-    from lib_fusion.engine.steps import SamplerSteps
-    from lib_fusion.session import FusionSession
-    from lib_fusion.settings import FusionSettings, GenerationSettings
+    from lib_fusion.fusion.session import FusionSession
+    from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 
     engine = Engine(Path(__file__).resolve().parents[2] / "demo/general.safetensors")
     latents: list[torch.Tensor] = []

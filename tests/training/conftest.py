@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lib_fusion.engine.encode import EngineEncoders
+from lib_fusion.engine.training_encoders import EngineEncoders
 from lib_fusion.training.cache import write_cache
-from lib_fusion.training.settings import TrainingSettings
+from lib_fusion.training.options import TrainingSettings
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 MODELS = [str(DEMO / f"{name}.safetensors") for name in ("animals", "vehicles")]

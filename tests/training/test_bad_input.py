@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib_fusion.aggregators import read_card, save_aggregators
 from lib_fusion.errors import FusionError
+from lib_fusion.fusion.aggregator_files import read_card, save_aggregators
 from lib_fusion.training.evaluate import evaluate
 from lib_fusion.training.train import train
 from tests.training.conftest import DEMO, MODELS, QUICK

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lib_fusion.__main__ import main
+from lib_fusion.cli import main
 from lib_fusion.errors import FusionError
 from lib_fusion.training.cache import Cache, Text, write_cache
-from lib_fusion.training.pictures import Captioned, PictureError, read_pictures, to_tensor
+from lib_fusion.training.captioned import Captioned, PictureError, read_pictures, to_tensor
 from tests.training.conftest import DEMO, MODELS, NAMES, write_pictures
 
 

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from lib_fusion.__main__ import main
-from lib_fusion.aggregators import Card, model_of, save_aggregators
+from lib_fusion.cli import main
+from lib_fusion.fusion.aggregator_files import Card, model_of, save_aggregators
+from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.training.cache import Cache
 from lib_fusion.training.ensemble import alphas_cumprod, load_models
 from lib_fusion.training.evaluate import MEAN_FEATURES, MEAN_PREDICTIONS, ORACLE, TRAINED, evaluate
-from lib_fusion.unet.lockstep import sizes_for
 from tests.training.conftest import MODELS
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from lib_fusion.aggregators import read_card
 from lib_fusion.errors import FusionError, SettingError
-from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS
+from lib_fusion.fusion.aggregator_files import read_card
+from lib_fusion.training import view as training_view
+from lib_fusion.training.jobs import Job, Jobs, Status, read_losses
+from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS
 from lib_fusion.training.train import WINDOW, train
-from lib_fusion.webui import training_view
-from lib_fusion.webui.jobs import Job, Jobs, Status, read_losses
-from lib_fusion.webui.training_process import describe, publish
+from lib_fusion.webui.training.process import describe, publish
 from tests.training.conftest import MODELS, QUICK
 from tests.training.test_cache import small_disk  # noqa: F401
 

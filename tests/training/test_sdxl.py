@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib_fusion.__main__ import main
-from lib_fusion.aggregators import load_aggregators
-from lib_fusion.checkpoint import SDXL_TEXT_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, Checkpoint
+from lib_fusion.cli import main
 from lib_fusion.errors import FusionError
+from lib_fusion.fusion.aggregator_files import load_aggregators
 from lib_fusion.training.cache import EMPTY, FORMAT, Cache, Text, encoder_identity, write_cache
 from lib_fusion.training.ensemble import Ensemble, alphas_cumprod, load_models
 from lib_fusion.training.evaluate import MEAN_FEATURES, TRAINED, evaluate
 from lib_fusion.training.train import Batches, train
+from lib_fusion.unet.checkpoint import SDXL_TEXT_PREFIX, TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX, Checkpoint
 from lib_fusion.unet.vector import SIZES_DIM, sdxl_vector
 from tests.helpers import SMALL, random_weights
 from tests.training.conftest import QUICK, write_pictures

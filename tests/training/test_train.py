@@ -17,15 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib_fusion.__main__ import main
-from lib_fusion.aggregators import load_aggregators, model_of
+from lib_fusion.cli import main
 from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.fusion.aggregator_files import load_aggregators, model_of
+from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.training.cache import Cache
 from lib_fusion.training.ensemble import Ensemble, add_noise, alphas_cumprod, load_models
 from lib_fusion.training.evaluate import MEAN_FEATURES, TRAINED, evaluate
-from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS, TrainingSettings
+from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, TrainingSettings
 from lib_fusion.training.train import Batches, _weights, train
-from lib_fusion.unet.lockstep import sizes_for
 from tests.training.conftest import DEMO, MODELS, QUICK
 
 ROOT = DEMO.parent

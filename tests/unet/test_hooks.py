@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lib_fusion.errors import SettingError
+from lib_fusion.fusion.hooks import Hooks, attach_freeu
 from lib_fusion.methods.freeu import FreeU, Stage, filter_skip, scale_backbone
-from lib_fusion.unet.hooks import Hooks, attach_freeu
 from lib_fusion.unet.layout import read_layout
 from lib_fusion.unet.model import load_unet, timestep_embedding
 from tests.helpers import REAL, SMALL, ldm_forward, ldm_unet, random_inputs, random_weights

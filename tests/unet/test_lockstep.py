@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib_fusion.errors import FusionError
+from lib_fusion.fusion.lockstep import Lockstep, mean_context, sizes_for
 from lib_fusion.methods.afa import FixedAggregator, one_hot, uniform
-from lib_fusion.unet.layers import timestep_embedding
-from lib_fusion.unet.lockstep import Lockstep, mean_context, sizes_for
+from lib_fusion.methods.layers import timestep_embedding
 from lib_fusion.unet.model import load_unet
 from tests.helpers import SMALL, ldm_forward, ldm_unet, random_inputs, random_weights, relative_error
 from tests.methods.test_afa import randomize

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lib_fusion.methods import snb
-from lib_fusion.settings import FusionSettings
+from lib_fusion.requests.settings import FusionSettings
 from tests.webui_fake import fakes
 
 
@@ -94,7 +94,7 @@ class Step:
 @pytest.fixture
 def sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
     fakes.install(monkeypatch)
-    from lib_fusion.webui import sampling
+    from lib_fusion.webui.sampling.hooked_pass import hooked_pass as sampling
 
     return sampling
 
@@ -238,7 +238,7 @@ def test_a_later_wrapper_of_someone_else_stays(sampling: Any) -> None:
 
 
 def test_controlnets_marker_is_taken_off(sampling: Any) -> None:
-    from lib_fusion.webui.rows import strip_marker
+    from lib_fusion.webui.sampling.contexts import strip_marker
 
     states = torch.randn(2, 3, 4)
     marked = torch.cat([torch.full((2, 1, 4), 1024.0), states], dim=1)
@@ -272,7 +272,7 @@ def test_a_step_without_its_unconditional_half_is_in_the_timeline(
     ],
 )
 def test_levels_of_a_pass(sampling: Any, arguments: dict, levels: list[float]) -> None:
-    from lib_fusion.webui.launch import levels_of
+    from lib_fusion.webui.sampling.launch import levels_of
 
     assert levels_of(arguments, 2) == pytest.approx(levels)
 
@@ -281,7 +281,7 @@ def test_levels_are_told_and_the_samplers_function_comes_back(sampling: Any) -> 
     def function(model: Any, x: Any, sigmas: torch.Tensor) -> Any:
         return x
 
-    from lib_fusion.webui.launch import told_levels
+    from lib_fusion.webui.sampling.launch import told_levels
 
     sampler = SimpleNamespace(func=function, model_wrap_cfg=SimpleNamespace(steps=2))
     fusion = sampling.FusionSession(FusionSettings(freeu="Auto", freeu_start=0.5))
@@ -311,7 +311,7 @@ def test_another_freeu_is_told_once(sampling: Any, key: str, freeu: str, told: i
 
 def test_change_prediction(sampling: Any) -> None:
     """Both say the same of the picture, whichever is asked for."""
-    from lib_fusion.webui.rows import change_prediction
+    from lib_fusion.webui.sampling.contexts import change_prediction
 
     picture, noise = torch.randn(2, 2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
     for alpha in (0.0047, 0.5, 0.9991):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib_fusion.skips import Correction
+from lib_fusion.fusion.policies import Correction
 from tests.webui_fake import fakes
 
 WEIGHTS = torch.tensor([5.0, -4.0], dtype=torch.float64).view(2, 1, 1, 1)
@@ -21,7 +21,7 @@ SIGMAS = [math.sqrt((1 - ALPHAS[t]) / ALPHAS[t]) for t in TIMESTEPS]
 @pytest.fixture
 def skipping(monkeypatch: pytest.MonkeyPatch) -> Any:
     fakes.install(monkeypatch)
-    from lib_fusion.webui import skipping
+    from lib_fusion.webui.sampling.hooked_pass import correcting as skipping
 
     return skipping
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lib_fusion.__main__ import build_parser, given_rows
+from lib_fusion.cli import build_parser, given_rows
 from lib_fusion.errors import FusionError
-from lib_fusion.settings import read_rows
-from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS
+from lib_fusion.requests.settings import read_rows
+from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS
 from tests.training.conftest import DEMO, write_pictures
 from tests.webui_fake import fakes
 
@@ -19,7 +19,7 @@ from tests.webui_fake import fakes
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     fakes.install(monkeypatch)
-    from lib_fusion.webui import training
+    from lib_fusion.webui.training.start import start as training
 
     def find(name: str, field: str) -> SimpleNamespace:
         return SimpleNamespace(name=name, filename=str(DEMO / name))
@@ -84,7 +84,7 @@ def test_hidden_folders(training: Any, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_trainings_keep_is_not_listed(training: Any, tmp_path: Path) -> None:
-    from lib_fusion.webui import aggregators
+    from lib_fusion.webui.models import aggregators
 
     for name in ("training/a/a", "training/a/cache/shard-00000", "b", "sub/c"):
         path = tmp_path / "denoiser-fusion" / f"{name}.safetensors"

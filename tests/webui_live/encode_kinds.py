@@ -52,7 +52,7 @@ def latent_by(model: Any, kind: str, picture: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def main(kind: str) -> None:
     from lib_fusion.unet.vector import sdxl_vector
-    from lib_fusion.webui.encode import HostEncoders
+    from lib_fusion.webui.training.host_encoders import HostEncoders
 
     make.MODELS.mkdir(parents=True, exist_ok=True)
     make.make_clip()

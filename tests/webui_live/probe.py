@@ -95,7 +95,8 @@ def encode(text: str, expert: str = ""):
     """A text's states, as a digest: by the host's own conditioner, or by one that is built for an expert."""
     model, before = shared.sd_model, torch.get_rng_state()
     if expert:
-        from lib_fusion.webui import encoders, experts
+        from lib_fusion.webui.models import experts
+        from lib_fusion.webui.models import text_encoders as encoders
 
         model = encoders.build_encoder(experts.find_checkpoint(expert, "expert"), "expert")
         encoders.share_embeddings(model)
@@ -216,7 +217,7 @@ def train(values: str):
     from unittest import mock
 
     from lib_fusion.errors import FusionError
-    from lib_fusion.webui import training
+    from lib_fusion.webui.training.start import start as training
 
     with mock.patch.dict(os.environ, PYTHONPATH=f"{shared.data_path}/tiny-openclip"):
         try:

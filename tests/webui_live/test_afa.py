@@ -28,8 +28,8 @@ def files(host: Host) -> Iterator[Path]:
     """Aggregators with random weights in the host's folder: for two demo models, for SDXL, and a broken file."""
     import torch
 
-    from lib_fusion.aggregators import Card, model_of, save_aggregators
-    from lib_fusion.unet.lockstep import sizes_for
+    from lib_fusion.fusion.aggregator_files import Card, model_of, save_aggregators
+    from lib_fusion.fusion.lockstep import sizes_for
     from lib_fusion.unet.model import load_unet
     from tests.methods.test_afa import randomize
 

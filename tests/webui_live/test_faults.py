@@ -161,8 +161,8 @@ def aggregator(host: Host) -> Iterator[Path]:
     """A file of aggregators for tiny_a and tiny_b, with random weights."""
     import torch
 
-    from lib_fusion.aggregators import Card, model_of, save_aggregators
-    from lib_fusion.unet.lockstep import sizes_for
+    from lib_fusion.fusion.aggregator_files import Card, model_of, save_aggregators
+    from lib_fusion.fusion.lockstep import sizes_for
     from lib_fusion.unet.model import load_unet
 
     paths = [host.data / f"models/Stable-diffusion/{name}.safetensors" for name in ("tiny_a", "tiny_b")]
@@ -283,7 +283,7 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
     *[(W + f"sampling:{name}", call, TWO, {}) for call in (1, 3) for name in (
         "FusionPass.begin_step", "FusionPass.apply_model", "FusionPass.end_step", "FusionPass._fuse",
         "FusionPass._run_expert", "FusionPass._scale", "borrowed_forward", "weights_of", "put_context")],
-    *[(f"lib_fusion.session:FusionSession.{name}", call, TWO, {}) for call in (1, 3) for name in (
+    *[(f"lib_fusion.fusion.session:FusionSession.{name}", call, TWO, {}) for call in (1, 3) for name in (
         "models_at", "fuse_rows", "winner", "using_freeu", "count", "watch", "check", "in_lockstep")],
     (W + "rows:Context.slice", 2, TWO, {}),
     (W + "sampling:moved", 2, TWO, {"settings": {"denoiser_fusion_place": "RAM between U-Net calls"}}),
@@ -302,7 +302,7 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
         "StepSkips._keep")],
     (W + "skipping:Corrector._correct", 1, SKIPPING, {}),
     (W + "sampling:FusionPass.begin_skipping", 1, SKIPPING, {}),
-    *[(f"lib_fusion.skips:Skips.{name}", 1, SKIPPING, {}) for name in (
+    *[(f"lib_fusion.fusion.policies:Skips.{name}", 1, SKIPPING, {}) for name in (
         "begin_step", "needed", "observe", "forecast", "take_corrections", "join")],
 ]  # fmt: skip
 

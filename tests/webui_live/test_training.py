@@ -37,7 +37,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def trainings(host: Host) -> Iterator[Path]:
     """The folder of the host's trainings; none is left running, and no file is left."""
-    from lib_fusion.webui.jobs import Jobs
+    from lib_fusion.training.jobs import Jobs
 
     folder = host.data / "models/denoiser-fusion/training"
     yield folder
@@ -136,7 +136,7 @@ def same_as_the_engines(cache: Path, pictures: Path, names: Names) -> None:
         return
     import torch
 
-    from lib_fusion.engine.encode import EngineEncoders
+    from lib_fusion.engine.training_encoders import EngineEncoders
     from lib_fusion.training.cache import Cache, write_cache
 
     encoders = EngineEncoders([REPOSITORY / "demo" / f"{name}.safetensors" for name in (names.expert, names.other)])
@@ -158,8 +158,8 @@ def test_sdxl(client: Client, host: Host, pictures: Path, trainings: Path) -> No
     import torch
 
     from lib_fusion.training.cache import Cache
+    from lib_fusion.training.jobs import Jobs
     from lib_fusion.unet.vector import sdxl_vector
-    from lib_fusion.webui.jobs import Jobs
 
     two = models("tiny_xl", "tiny_xl_b")["models"]
     asked = form(pictures, name="taught", models=two, resolution=64, steps=6, precision="bfloat16", checkpointing=True)
@@ -204,7 +204,7 @@ def test_encoded_as_the_host_does(tmp_path: Path, kind: str) -> None:
 
 
 def form(pictures: Path, **changes: object) -> dict[str, Any]:
-    from lib_fusion.training.settings import CACHE_PARAMETERS, TRAINING_PARAMETERS
+    from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS
 
     rows = {row.key: row.default for row in (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)}
     models = ["tiny_a.safetensors", "tiny_b.safetensors"]

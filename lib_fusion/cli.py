@@ -1,0 +1,323 @@
+"""The command line: ``python -m lib_fusion COMMAND``. Flags come from the tables in settings.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lib_fusion import __version__
+from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.requests.settings import (
+    EXPERT_PARAMETERS,
+    GENERATION_PARAMETERS,
+    MAP_PARAMETERS,
+    PARAMETERS,
+    PREVIEW_PARAMETERS,
+    PREVIEWS,
+    TIMESTEPS,
+    FusionSettings,
+    GenerationSettings,
+    Parameter,
+    read_rows,
+)
+from lib_fusion.training.options import (
+    CACHE_PARAMETERS,
+    EVALUATION_PARAMETERS,
+    TRAINING_PARAMETERS,
+    TrainingSettings,
+)
+
+#: The rows of an expert that have a flag of their own, ``--expert-...``.
+EXPERT_FLAGS = [row for row in EXPERT_PARAMETERS[1:] if "cli" in row.where]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage text, and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_rows(parser: argparse.ArgumentParser, rows: Iterable[Parameter]) -> None:
+    """A flag for each row; values stay text, and the table reads them."""
+    for row in rows:
+        if "cli" in row.where:
+            text = f"{row.help} ({row.allowed}; default {row.show(row.default) or 'empty'})"
+            parser.add_argument(row.flag, dest=row.key, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(prog="lib_fusion", description="Combine diffusion models while they denoise.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+
+    generate = commands.add_parser("generate", help="draw pictures with the embedded engine")
+    generate.add_argument("--base", required=True, metavar="FILE", help="the base checkpoint, SD1 .safetensors")
+    generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
+    generate.add_argument("--expert", action="append", default=[], metavar="FILE",
+                          help="an expert's checkpoint; may be repeated, the --expert-... flags follow the same order")
+    for row in EXPERT_FLAGS:
+        generate.add_argument("--expert-" + row.key.replace("_", "-"), dest=f"expert_{row.key}", action="append",
+                              default=[], metavar="VALUE", help=f"{row.help} ({row.allowed})")
+    generate.add_argument("--mask", metavar="FILE", help="for --method mask: a picture, white where the expert is used")
+    generate.add_argument("--out", default="outputs", metavar="FOLDER", help="where pictures go (default: outputs)")
+    told = "; ".join(f"{row.key} ({row.help})" for row in PREVIEW_PARAMETERS)
+    generate.add_argument("--previews", nargs="*", metavar="KIND", help=f"save beside each picture: {told}; "
+                          "without a word all that there is")  # fmt: skip
+    add_rows(generate, MAP_PARAMETERS)
+    add_rows(generate, GENERATION_PARAMETERS)
+    add_rows(generate, PARAMETERS)
+    _add_machine(generate)
+
+    convert = commands.add_parser("convert-afa", help="AFA aggregators of the official code -> an aggregator file")
+    convert.add_argument("--source", required=True, metavar="PATH",
+                         help="the folder with aggregator_0 and so on, or one .safetensors of them all")
+    convert.add_argument("--model", action="append", required=True, metavar="FILE",
+                         help="a checkpoint of the ensemble; repeated, in its order")
+    convert.add_argument("--heads", type=int, help="attention heads, where no config.json tells them (default: 8)")
+    convert.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write")
+
+    cache = commands.add_parser("cache", help="encode a captioned data set for training aggregators")
+    cache.add_argument("--source", required=True, metavar="PATH",
+                       help="a folder with metadata.jsonl or .txt captions, or a webdataset .tar")
+    cache.add_argument("--vae", metavar="FILE", help="the checkpoint whose VAE encodes (default: the first model's)")
+    add_rows(cache, CACHE_PARAMETERS)
+    train = commands.add_parser("train", help="train aggregators on a cache; goes on where it was stopped")
+    train.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write; its state lies beside")
+    train.add_argument("--init", metavar="FILE", help="an aggregator file of the same sizes to begin with")
+    add_rows(train, TRAINING_PARAMETERS)
+    evaluate = commands.add_parser("evaluate", help="held-out loss of an aggregator and of everything it must beat")
+    evaluate.add_argument("--aggregator", required=True, metavar="FILE")
+    evaluate.add_argument("--out", required=True, metavar="FOLDER", help="where table, plot and JSON go")
+    evaluate.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="0..999 (default: 100 300 500 700 900)")
+    evaluate.add_argument("--no-captions", action="store_true", help="give the models the empty caption")
+    add_rows(evaluate, EVALUATION_PARAMETERS)
+    for command in (cache, train, evaluate):
+        command.add_argument("--cache", required=True, metavar="FOLDER", help="the encoded data set")
+        command.add_argument("--model", action="append", required=True, metavar="FILE",
+                             help="a checkpoint of the ensemble; repeated, in its order, the base first")
+        command.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+
+    demo = commands.add_parser("demo", help="fuse the demo's checkpoints and write a contact sheet")
+    demo.add_argument("--out", default="outputs/demo.png", metavar="FILE", help="the sheet (default: outputs/demo.png)")
+    demo.add_argument("--steps", default="50", metavar="VALUE", help="denoising steps (default 50)")
+    demo.add_argument("--seed", default="0", metavar="VALUE", help="seed of the first row")
+    _add_machine(demo)
+    return parser
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, mps (default: cpu)")
+    parser.add_argument("--dtype", default="float32", help=f"of the U-Nets: {', '.join(DTYPES)} (default: float32)")
+    parser.add_argument("--json", action="store_true", help="print the run's record as JSON on stdout")
+
+
+def read_experts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The experts as the API would give them; raises SettingError where flags outnumber experts."""
+    experts = [{"checkpoint": file} for file in args.expert]
+    for row in EXPERT_FLAGS:
+        values = getattr(args, f"expert_{row.key}")
+        if len(values) > len(experts):
+            flag = "expert-" + row.key.replace("_", "-")
+            raise SettingError(flag, values[-1], f"allowed: one for each --expert ({len(experts)})")
+        for expert, value in zip(experts, values, strict=False):
+            expert[row.key] = value
+    return experts
+
+
+def read_settings(args: argparse.Namespace) -> tuple[GenerationSettings, FusionSettings]:
+    generation, fusion = given_rows(args, GENERATION_PARAMETERS), given_rows(args, PARAMETERS)
+    return (
+        GenerationSettings.from_dict({"prompts": args.prompt, **generation}),
+        FusionSettings.from_dict({"experts": read_experts(args), **fusion}),
+    )
+
+
+def read_machine(args: argparse.Namespace):
+    """The torch dtype and device; raises SettingError."""
+    import torch
+
+    if args.dtype not in DTYPES:
+        raise SettingError("dtype", args.dtype, f"allowed: {', '.join(DTYPES)}")
+    return getattr(torch, args.dtype), read_device(args.device)
+
+
+def read_device(name: str):
+    """The torch device of this name; raises SettingError."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError("device", name, "allowed: a torch device of this machine, such as cpu") from error
+    return device
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    generation, fusion = read_settings(args)
+    dtype, device = read_machine(args)
+    mask, keep = read_mask(args.mask, fusion), read_keep(args)
+    from lib_fusion.engine.generate import Engine
+    from lib_fusion.engine.loader import quiet_libraries
+    from lib_fusion.engine.sheets import font, infotext, save_png
+    from lib_fusion.previews import draw_previews
+
+    quiet_libraries()
+    engine = Engine(args.base, args.expert, dtype=dtype, device=device)
+    run = engine.generate(
+        generation, fusion, fixed_mask=mask, keep=keep, progress=sys.stderr.isatty()
+    )
+    names = [Path(file).stem for file in (args.base, *args.expert)]
+    files = []
+    for i, picture in enumerate(run.pictures):
+        path = free_path(Path(args.out), f"{picture.seed:05d}-{i:03d}")
+        save_png(picture.image, path, infotext(picture.prompt, picture.seed, generation, fusion, Path(args.base).stem))
+        files.append(str(path))
+        for kind, image in draw_previews(keep.kinds, picture.image, picture.records, names, fusion, font):
+            beside = path.with_name(f"{path.stem}-{kind}.png")
+            save_png(image, beside, "")
+            files.append(str(beside))
+    run.record["files"] = files
+    if args.json:
+        print(json.dumps(run.record))
+    else:
+        print("\n".join(files))
+    return 0
+
+
+def read_mask(file: str | None, fusion: FusionSettings):
+    """The fixed mask as bool (1,1,h,w), or None; raises SettingError."""
+    if (file is None) != (fusion.method != "Mask"):
+        raise SettingError("mask", file, "allowed: a picture with --method mask, and only then")
+    if file is None:
+        return None
+    import numpy as np
+    import torch
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            return torch.from_numpy(np.asarray(image.convert("L")) > 127)[None, None]
+    except (OSError, UnidentifiedImageError) as error:
+        raise SettingError("mask", file, "allowed: a picture file") from error
+
+
+def read_keep(args: argparse.Namespace):
+    """What the pictures are to tell, for their previews; raises SettingError."""
+    from lib_fusion.fusion.records import Keep
+
+    kinds = [] if args.previews is None else args.previews or list(PREVIEWS)
+    return Keep.read(kinds, given_rows(args, MAP_PARAMETERS))
+
+
+def free_path(folder: Path, name: str) -> Path:
+    """A name in the folder that no file has yet."""
+    path, number = folder / f"{name}.png", 2
+    while path.exists():
+        path, number = folder / f"{name}-{number}.png", number + 1
+    return path
+
+
+def make_engine_encoders(args: argparse.Namespace) -> Any:
+    from lib_fusion.engine.loader import quiet_libraries
+    from lib_fusion.engine.training_encoders import EngineEncoders
+
+    quiet_libraries()
+    return EngineEncoders(args.model, args.vae, read_device(args.device))
+
+
+def run_cache(args: argparse.Namespace, make_encoders: Callable[[argparse.Namespace], Any] | None = None) -> int:
+    """``make_encoders``: what encodes; the engine's where nothing else is given."""
+    from lib_fusion.training.cache import write_cache
+    from lib_fusion.training.train import teller
+
+    values = read_rows(CACHE_PARAMETERS, given_rows(args, CACHE_PARAMETERS))
+    encoders = (make_encoders or make_engine_encoders)(args)
+    report = write_cache(Path(args.source), Path(args.cache), encoders, **values, tell=teller())
+    print(f"{args.cache}: {report.cached} pictures, {report.new} of them new, {len(report.skipped)} skipped")
+    return 0
+
+
+def run_train(args: argparse.Namespace) -> int:
+    from lib_fusion.training.train import is_first_process, teller, train
+
+    settings = TrainingSettings(**read_rows(TRAINING_PARAMETERS, given_rows(args, TRAINING_PARAMETERS)))
+    card = train(args.cache, args.model, args.out, settings, read_device(args.device), teller(), args.init)
+    if is_first_process():
+        print(f"{args.out}: {card.describe()}")
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    from lib_fusion.training.evaluate import BUCKETS, evaluate, write_report
+    from lib_fusion.training.train import teller
+
+    timesteps = args.timesteps or BUCKETS
+    if not all(0 <= t < TIMESTEPS for t in timesteps):
+        raise SettingError("timesteps", list(timesteps), f"allowed: 0 to {TIMESTEPS - 1}")
+    device = read_device(args.device)
+    values = read_rows(EVALUATION_PARAMETERS, given_rows(args, EVALUATION_PARAMETERS))
+    result = evaluate(
+        args.cache, args.model, args.aggregator, timesteps, not args.no_captions, device, teller(), **values
+    )
+    print(write_report(result, Path(args.out), f"{Path(args.aggregator).stem} on {Path(args.cache).name}"))
+    return 0
+
+
+def given_rows(args: argparse.Namespace, rows: Iterable[Parameter]) -> dict[str, Any]:
+    """What was given on the command line for these rows."""
+    given = vars(args)
+    return {row.key: given[row.key] for row in rows if row.key in given}
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    from lib_fusion.fusion.aggregator_files import convert_official, save_aggregators
+
+    if Path(args.out).suffix != ".safetensors":
+        raise SettingError("out", args.out, "allowed: a name that ends in .safetensors")
+    card, tensors = convert_official(args.source, args.model, args.heads)
+    save_aggregators(args.out, card, tensors)
+    print(f"{args.out}: {card.describe()}")
+    return 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    generation = GenerationSettings.from_dict({"prompts": ["demo"], "steps": args.steps, "seed": args.seed})
+    dtype, device = read_machine(args)
+    from lib_fusion.engine.demo_sheet import make_sheet
+    from lib_fusion.engine.loader import quiet_libraries
+
+    quiet_libraries()
+    record = make_sheet(Path(args.out), generation.steps, generation.seed, dtype, device, progress=sys.stderr.isatty())
+    if args.json:
+        print(json.dumps(record))
+    else:
+        print(f"\n{'method':<22}{'seconds':>9}{'U-Net calls':>13}{'rows':>8}")
+        for row in record["runs"]:
+            print(f"{row['method']:<22}{row['seconds']:>9.1f}{sum(row['unet_calls']):>13}{sum(row['unet_rows']):>8}")
+        print(f"\nThe sheet: {record['sheet']}")
+    return 0
+
+
+COMMANDS = {"generate": run_generate, "demo": run_demo, "cache": run_cache, "train": run_train,
+            "evaluate": run_evaluate, "convert-afa": run_convert}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return COMMANDS[args.command](args)
+    except FusionError as error:
+        print(f"lib_fusion {args.command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        hint = "pip install 'sd-webui-denoiser-fusion[engine]'"
+        print(f"lib_fusion {args.command}: {error.name} is missing; {hint}", file=sys.stderr)
+        return 2
+

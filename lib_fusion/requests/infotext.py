@@ -1,0 +1,138 @@
+"""Settings as fields of the panel and as infotext, the text that pictures carry: written and read back. Host-free."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lib_fusion.errors import SettingError
+from lib_fusion.requests.settings import (
+    EXPERT_PARAMETERS,
+    FREEU_PARAMETERS,
+    MAX_EXPERTS,
+    PARAMETERS,
+    FusionSettings,
+    Parameter,
+)
+
+#: The checkpoint of an expert that is not there.
+NO_CHECKPOINT = ("", "None")
+#: Entries that tell what was done, and are no settings; the last is in the API's answer only, not in pictures.
+NOTES = ["Fusion U-Net calls", "Fusion U-Net rows", "Fusion seconds", "Fusion comment"]
+
+
+
+@dataclass(frozen=True)
+class Field:
+    """One control of the panel, one infotext entry: a row, and which expert's it is (None: the fusion's own)."""
+
+    row: Parameter
+    expert: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.row.label if self.expert is None else f"expert {self.expert + 1} {self.row.label}"
+
+    @property
+    def label(self) -> str:
+        """The control's label, a stable exact string: ui-config, localisation and script-info go by it."""
+        return self.name[0].upper() + self.name[1:]
+
+    @property
+    def infotext(self) -> str:
+        return f"Fusion {self.name}"
+
+    @property
+    def element(self) -> str:
+        """The end of the control's element id."""
+        return self.row.key if self.expert is None else f"expert{self.expert + 1}_{self.row.key}"
+
+    @property
+    def width(self) -> int:
+        """How many controls it takes: a window has its start and its end."""
+        return 2 if self.row.kind == "window" else 1
+
+
+def list_fields() -> Iterator[Field]:
+    """All fields in the panel's order, after its switch."""
+    for expert in range(MAX_EXPERTS):
+        yield from (Field(row, expert) for row in EXPERT_PARAMETERS)
+    yield from (Field(row) for row in PARAMETERS if "panel" in row.where)
+
+
+def panel_default(field: Field) -> Any:
+    """A control's value as the panel opens; a list of checkpoints has a word for none."""
+    return NO_CHECKPOINT[1] if field.row.key == "checkpoint" else field.row.default
+
+
+def write_infotext(settings: FusionSettings, names: Sequence[str]) -> dict[str, str]:
+    """Infotext entries: with experts their checkpoints (``names``) and the method, the rest where not the default."""
+    entries = {}
+    for field in list_fields():
+        if field.expert is not None and field.expert >= len(settings.experts):
+            continue
+        source = settings if field.expert is None else settings.experts[field.expert]
+        value = names[field.expert] if field.row.key == "checkpoint" else getattr(source, field.row.key)
+        if value != field.row.default or (field.row.key == "method" and settings.experts):
+            entries[field.infotext] = _protect(field.row.show(value))
+    return entries
+
+
+def read_infotext(entries: Mapping[str, Any], field: Field) -> Any:
+    """A field's value in parsed infotext; its default where the picture was fused but does not name it.
+
+    None where the picture was not fused, or the value is no longer allowed.
+    """
+    if not is_fused(entries):
+        return None
+    key = field.infotext
+    value = entries.get(key)
+    if value is None and f"{key}-1" in entries:  # the host takes "512x512" apart wherever it stands
+        value = f"{entries[f'{key}-1']}x{entries[f'{key}-2']}"
+    if value is None:
+        return panel_default(field)
+    try:
+        return field.row.read(value)
+    except SettingError:
+        return None
+
+
+def is_fused(entries: Mapping[str, Any]) -> bool:
+    """Whether parsed infotext is that of a picture made with this extension on."""
+    return any(key in entries for key in infotext_keys())
+
+
+def adopt_freeu(entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parsed infotext in which FreeU's entries by ljleb's sd-webui-freeu have become ours; without them, as it is.
+
+    Its stages are a JSON list of objects that hold what is not the default; its schedule is "start, stop, smooth",
+    where a whole number is a step.
+    """
+    try:
+        stages = json.loads(entries["FreeU Stages"])
+        start, stop, smooth = str(entries.get("FreeU Schedule", "0.0, 1.0, 0.0")).split(", ")[:3]
+        found = {"freeu": "Custom", "freeu_version": entries.get("FreeU Version", "1"), "freeu_smooth": smooth}
+        for key, value in (("freeu_start", start), ("freeu_stop", stop)):
+            is_step = value.isdecimal() and int(value) <= 1
+            found[key] = float(value) / float(entries["Steps"]) if is_step else value
+        names = {"backbone_factor": "b", "skip_factor": "s", "backbone_offset": "offset", "backbone_width": "width",
+                 "skip_cutoff": "cutoff", "skip_high_end_factor": "high"}  # fmt: skip
+        for n, stage in enumerate(stages, start=1):
+            found |= {f"freeu_{names[name]}{n}": value for name, value in stage.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError):
+        return entries
+    ours = {Field(row).infotext: str(found[row.key]) for row in FREEU_PARAMETERS if row.key in found}
+    return {**ours, **entries}
+
+
+def infotext_keys() -> list[str]:
+    return [field.infotext for field in list_fields()] + NOTES
+
+
+def _protect(text: str) -> str:
+    """Quoted where the host would not quote it and yet not read back the same."""
+    host_quotes = any(mark in text for mark in ",\n:")
+    changes = text != text.strip() or (text[:1] == '"' and text[-1:] == '"')
+    return json.dumps(text, ensure_ascii=False) if changes and not host_quotes else text

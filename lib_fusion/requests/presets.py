@@ -1,0 +1,93 @@
+"""Presets: named settings, as the API takes them. Some are shipped, a person's own are in one JSON file. Host-free."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.requests.settings import FusionSettings
+
+LONGEST_NAME = 200
+#: The name of a person's own file, in the WebUI's data directory.
+FILE = "denoiser-fusion-presets.json"
+#: MagicFusion's published settings (its own examples; the code's saliency), the mask held after the noisiest steps,
+#: and AFA for the later half.
+SHIPPED: dict[str, dict[str, Any]] = {
+    "MagicFusion: lion (first SNB, then the base)": {
+        "method": "SNB", "snb_window": [1000, 600], "snb_outside": "base", "k_general": 1.0, "k_expert": 1.0,
+        "snb_saliency": "code", "snb_hold": 0.0,
+    },
+    "MagicFusion: bee (first the base, then SNB)": {
+        "method": "SNB", "snb_window": [850, 0], "snb_outside": "base", "k_general": 1.0, "k_expert": 1.0,
+        "snb_saliency": "code", "snb_hold": 0.0,
+    },
+    "Held mask: who draws what is decided early": {
+        "method": "SNB", "snb_window": [1000, 0], "snb_outside": "base", "k_general": 1.0, "k_expert": 1.0,
+        "snb_saliency": "own", "snb_hold": 900.0,
+    },
+    "Average first, then AFA": {
+        "method": "AFA", "snb_window": [500, 0], "snb_outside": "average",
+    },
+    "Defaults": FusionSettings().to_dict() | {"experts": None},
+}  # fmt: skip
+
+
+class Presets:
+    """The shipped presets and those in ``path``, a JSON object of API dicts by name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> list[str]:
+        return [*SHIPPED, *sorted(self._read())]
+
+    def get(self, name: str) -> dict[str, Any]:
+        """The values of a preset; raises SettingError where there is none of this name, or a value is not allowed."""
+        own = self._read()
+        if name not in own and name not in SHIPPED:
+            raise SettingError("preset", name, f"allowed: {', '.join(self.names())}")
+        values = {key: value for key, value in (own.get(name) or SHIPPED[name]).items() if value is not None}
+        FusionSettings.from_dict(values)
+        return values
+
+    def save(self, name: str, values: dict[str, Any]) -> None:
+        """Keeps values under a name of a person's own; a wrong value or a shipped name is refused."""
+        name = (name or "").strip()
+        if not name or len(name) > LONGEST_NAME or name in SHIPPED:
+            told = f"allowed: a name of your own of at most {LONGEST_NAME} characters, other than the shipped presets'"
+            raise SettingError("preset", name, told)
+        FusionSettings.from_dict(values)
+        self._write({**self._read(), name: values})
+
+    def delete(self, name: str) -> None:
+        """Forgets a preset of a person's own."""
+        own = self._read()
+        if name not in own:
+            raise SettingError("preset", name, "allowed: a preset of your own; shipped ones can't be deleted")
+        self._write({key: value for key, value in own.items() if key != name})
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """A file that can't be read is never written over: it may be mended."""
+        try:
+            found = json.loads(self.path.read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            raise FusionError(f"{self.path.name}: can't be read ({error}); mend or remove it") from error
+        if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
+            raise FusionError(f"{self.path.name}: allowed: a JSON object of presets by name")
+        return found
+
+    def _write(self, presets: dict[str, dict[str, Any]]) -> None:
+        partial = self.path.with_suffix(".partial")
+        if self.path.is_file() and not self.path.stat().st_mode & stat.S_IWUSR:
+            raise FusionError(f"{self.path.name}: is read-only; nothing has changed")
+        try:
+            partial.write_text(json.dumps(presets, indent=1, ensure_ascii=False), "utf-8")
+            partial.replace(self.path)
+        except (OSError, ValueError) as error:
+            partial.unlink(missing_ok=True)
+            raise FusionError(f"{self.path.name}: can't be written ({error}); nothing has changed") from error

@@ -1,0 +1,198 @@
+"""What a person or a program asks for: panel values and API dict, read by the one table. Host-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lib_fusion.errors import SettingError
+from lib_fusion.requests.infotext import NO_CHECKPOINT, Field, list_fields, panel_default
+from lib_fusion.requests.settings import (
+    COMPARE,
+    ENABLED,
+    EXPERT_PARAMETERS,
+    FREEU_CUSTOM,
+    MAX_EXPERTS,
+    PARAMETERS,
+    TIMESTEPS,
+    FusionSettings,
+    Parameter,
+)
+
+#: What can't be given in the WebUI, by row: a mask picture has no place in the panel.
+WITHHELD = {"method": ("Mask",)}
+#: A plot's axis for a whole preset, beside the fields' elements.
+PRESET = "preset"
+#: The controls of a window, and the axes for one end of it.
+WINDOW_ENDS = ("start", "end")
+FREEU_CUSTOM_KEYS = {row.key for row in FREEU_CUSTOM}
+
+
+def allowed_choices(row: Parameter) -> tuple[str, ...]:
+    return tuple(choice for choice in row.choices if choice not in WITHHELD.get(row.key, ()))
+
+
+def default_values() -> list[Any]:
+    """The panel's values as it opens: off, the table's defaults, and no comparison."""
+    values: list[Any] = [False]
+    for field in list_fields():
+        values += list(field.row.default) if field.width == 2 else [panel_default(field)]
+    return [*values, COMPARE.default]
+
+
+def values_of(args: Sequence[Any]) -> Mapping[str, Any]:
+    """The API dict of a script's arguments: one dict (the API's), or the panel's values; raises SettingError."""
+    if not args or not isinstance(args[0], Mapping):
+        return panel_to_dict(args)
+    if not _is_default(args[1:]):
+        raise SettingError("args", "a list with more than one thing in it", "allowed: one object of settings")
+    return args[0]
+
+
+def read_args(args: Sequence[Any], axes: Mapping[str, Any] | None = None) -> FusionSettings | None:
+    """Settings from a script's arguments; None where it is off.
+
+    ``axes``: values that a cell of an X/Y/Z plot sets, by the fields' elements; they also switch it on.
+    """
+    values = values_of(args)
+    return read_dict(put_axes(values, axes) if axes else values)
+
+
+def put_axes(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
+    """An API dict with a plot's values in it: a preset's first, the others over it.
+
+    A plot that takes away all there is to do switches off. FreeU's own factors count in the cells of "Custom" only.
+    """
+    result = {**values, **axes.get(PRESET, {}), ENABLED.key: axes.get(ENABLED.key, True)}
+    experts = result.get("experts", ())
+    if not isinstance(experts, Sequence) or not all(isinstance(expert, Mapping) for expert in experts):
+        return result  # to be refused by name
+    experts = [dict(expert) for expert in experts]
+    experts += [{} for _ in range(MAX_EXPERTS - len(experts))]
+    for field in list_fields():
+        if field.element in axes:
+            target = result if field.expert is None else experts[field.expert]
+            target[field.row.key] = axes[field.element]
+        if field.width == 2:
+            put_ends(result, field, axes)
+    result["experts"] = [expert for expert in experts if expert.get("checkpoint", "") not in NO_CHECKPOINT]
+    chosen = str(result.get("freeu", "Off")).strip().lower()
+    if chosen != "custom" and ("freeu" in axes or PRESET in axes):
+        result = {key: value for key, value in result.items() if key not in FREEU_CUSTOM_KEYS}
+    removes = any(key in ("freeu", "skipping") or (key.endswith("_checkpoint") and value in NO_CHECKPOINT)
+                  for key, value in axes.items())  # fmt: skip
+    is_off = all(str(result.get(key, "Off")).strip().lower() == "off" for key in ("freeu", "skipping"))
+    if removes and not result["experts"] and is_off:
+        result[ENABLED.key] = False
+    return result
+
+
+def put_ends(result: dict[str, Any], field: Field, axes: Mapping[str, Any]) -> None:
+    """Puts a plot's values for one end of a window, or for both, into an API dict; raises SettingError."""
+    ends = [axes.get(f"{field.element}_{end}") for end in WINDOW_ENDS]
+    if any(end is not None for end in ends):
+        window = field.row.read(result.get(field.row.key, field.row.default))
+        result[field.row.key] = [was if end is None else end for was, end in zip(window, ends)]
+
+
+def read_dict(values: Mapping[str, Any]) -> FusionSettings | None:
+    """Settings from an API dict, or None where it says that it is off; raises SettingError naming the field."""
+    known = write_schema()["properties"]
+    for key, value in values.items():
+        if key not in known:
+            raise SettingError(str(key), value, f"no such setting; there are: {', '.join(known)}")
+    COMPARE.read(values.get(COMPARE.key, False))
+    rest = {key: value for key, value in values.items() if key not in (ENABLED.key, COMPARE.key)}
+    settings = FusionSettings.from_dict(rest)
+    for key, withheld in WITHHELD.items():
+        if getattr(settings, key) in withheld:
+            row = next(row for row in PARAMETERS if row.key == key)
+            allowed = f"allowed in the WebUI: {', '.join(allowed_choices(row))}"
+            raise SettingError(key, getattr(settings, key), allowed)
+    if not ENABLED.read(values.get(ENABLED.key, True)):
+        return None
+    if settings.is_idle or len(settings.experts) > MAX_EXPERTS:
+        allowed = f"allowed: 1 to {MAX_EXPERTS} experts, each with a checkpoint, or none with FreeU or skipping on"
+        raise SettingError("experts", [dict(vars(expert)) for expert in settings.experts], allowed)
+    for i, expert in enumerate(settings.experts):
+        if expert.checkpoint in NO_CHECKPOINT:
+            raise SettingError(f"experts[{i}].checkpoint", expert.checkpoint, "allowed: a checkpoint's name")
+    return settings
+
+
+def panel_to_dict(args: Sequence[Any]) -> dict[str, Any]:
+    """The API dict that says what the panel's values say, without what it hides: experts without a checkpoint, and
+    FreeU's own factors where published ones are chosen."""
+    defaults = default_values()
+    values = [default if value is None else value for default, value in zip(defaults, args)]
+    values += defaults[len(values) :]
+    result: dict[str, Any] = {ENABLED.key: values.pop(0)}
+    experts: list[dict[str, Any]] = [{} for _ in range(MAX_EXPERTS)]
+    for field in list_fields():
+        value = [values.pop(0) for _ in range(field.width)]
+        target = result if field.expert is None else experts[field.expert]
+        target[field.row.key] = value if field.width == 2 else value[0]
+    result[COMPARE.key] = values.pop(0)
+    result["experts"] = [expert for expert in experts if expert["checkpoint"] not in NO_CHECKPOINT]
+    if result["freeu"] != "Custom":
+        result = {key: value for key, value in result.items() if key not in FREEU_CUSTOM_KEYS}
+    return result
+
+
+def dict_to_panel(values: Mapping[str, Any]) -> list[Any]:
+    """The panel's values (without its switch) for an API dict that may hold a few keys only; None: leave as it is."""
+    experts = values.get("experts")
+    result: list[Any] = []
+    for field in list_fields():
+        if field.expert is None:
+            value = values.get(field.row.key)
+        elif experts is None:
+            value = None
+        elif field.expert < len(experts):
+            value = experts[field.expert].get(field.row.key, field.row.default)
+        else:
+            value = panel_default(field)
+        if field.width == 2:
+            result += [None, None] if value is None else list(field.row.read(value))
+        else:
+            result.append(value)
+    return result
+
+
+def write_schema() -> dict[str, Any]:
+    """JSON schema of the API's one object."""
+    expert = {row.key: _schema_of(row) for row in EXPERT_PARAMETERS}
+    experts = {
+        "type": "array", "maxItems": MAX_EXPERTS, "description": "The experts, in order.",
+        "items": {"type": "object", "properties": expert, "required": ["checkpoint"], "additionalProperties": False},
+    }  # fmt: skip
+    rows = [ENABLED, COMPARE, *(row for row in PARAMETERS if "panel" in row.where)]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Denoiser Fusion",
+        "description": 'The one element of alwayson_scripts["Denoiser Fusion"]["args"]; every key is optional.',
+        "type": "object",
+        "properties": {"experts": experts, **{row.key: _schema_of(row) for row in rows}},
+        "additionalProperties": False,
+    }
+
+
+def _schema_of(row: Parameter) -> dict[str, Any]:
+    schema: dict[str, Any] = {"description": row.help}
+    if row.kind == "window":
+        number = {"type": "number", "minimum": 0, "maximum": TIMESTEPS}
+        schema |= {"type": "array", "items": number, "minItems": 2, "maxItems": 2, "default": list(row.default)}
+        return schema
+    kinds = {"bool": "boolean", "int": "integer", "float": "number", "choice": "string", "text": "string"}
+    schema |= {"type": kinds[row.kind], "default": row.default}
+    if row.kind == "choice":
+        schema["enum"] = list(allowed_choices(row))
+    if row.kind in ("int", "float"):
+        limits = {"minimum": row.low, "maximum": row.high}
+        schema |= {name: limit for name, limit in limits.items() if abs(limit) != float("inf")}
+    return schema
+
+
+def _is_default(rest: Sequence[Any]) -> bool:
+    """Whether arguments after the dict are what the host fills in by itself."""
+    return all(value is None or value == default for value, default in zip(rest, default_values()[1:]))

@@ -1,0 +1,235 @@
+"""Trainings as jobs: processes of their own, whose state lies on disk, so that they outlive page and WebUI. Host-free.
+
+A job's folder holds ``job.json`` (what was asked for, and the process), ``state.json`` (written by the process: how far
+it is), ``log.txt``, and what the training commands write: ``cache``, ``held-out``, ``NAME.run``, ``evaluation``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.training.options import CHANGEABLE
+
+JOB, STATE, LOG = "job.json", "state.json", "log.txt"
+CACHE, HELD_OUT, EVALUATION = "cache", "held-out", "evaluation"
+#: Module that the process runs, and the folder that it is found in.
+PROCESS = "lib_fusion.webui.training.process"
+REPOSITORY = Path(__file__).resolve().parents[2]
+NAME = re.compile(r"\w[\w .-]{0,59}")
+#: Seconds that a process has to end by itself.
+PATIENCE = 10.0
+#: By how much the times may differ that two WebUIs see a process begin at, as clocks are set.
+CLOCK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """``values``: what was asked for, as the tab's form has it. ``commands``: lib_fusion's, one after the other.
+
+    ``configs``: the models' configuration files in the host's format; ``paths``: where the host's own packages lie;
+    ``target``: where the aggregator file goes.
+    """
+
+    name: str
+    values: dict[str, Any]
+    commands: list[list[str]]
+    configs: list[str]
+    paths: list[str]
+    target: str
+
+
+@dataclass
+class Status:
+    """``phase``: running, finished, failed, stopped (by a person), or lost (ended without a word).
+
+    ``rows`` are the log's: (step, loss, learning rate, seconds). ``saved``: the step that a training goes on from.
+    """
+
+    name: str
+    phase: str
+    stage: str = ""
+    error: str = ""
+    steps: int = 0
+    saved: int = 0
+    rows: list[tuple[int, float, float, float]] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        return self.rows[-1][0] if self.rows else 0
+
+
+class Jobs:
+    """The jobs in a folder; at most one of them runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """The last started first."""
+        files = [(path.stat().st_mtime, path.parent.name) for path in self.folder.glob(f"*/{JOB}")]
+        return [name for _, name in sorted(files, reverse=True)]
+
+    def of(self, name: str) -> Path:
+        """A job's folder; raises SettingError where the name can't be one."""
+        if not NAME.fullmatch(name):
+            raise SettingError("name", name, "allowed: up to 60 letters, digits, spaces and . _ -")
+        return self.folder / name
+
+    def read(self, name: str) -> Job | None:
+        """What was asked for; None where there is no such job, or its file is broken."""
+        found = _read_json(self.of(name) / JOB)
+        try:
+            return Job(**found["job"])
+        except (KeyError, TypeError):
+            return None
+
+    def running(self) -> str | None:
+        """The name of the job that runs."""
+        return next((name for name in self.names() if self._process(name) is not None), None)
+
+    def check(self, job: Job) -> None:
+        """Refuses what can't be started, or can't go on; raises SettingError."""
+        folder = self.of(job.name)
+        if (running := self.running()) is not None:
+            raise SettingError("name", job.name, f"{running} is being trained; allowed: one training at a time")
+        before = self.read(job.name)
+        if before is None and Path(job.target).exists():
+            raise SettingError("name", job.name, "an aggregator file of this name is there; allowed: another name")
+        if before is None:
+            return
+        keys = ["source", "models", "resolution"] if (folder / CACHE).is_dir() else []
+        keys += ["held_out"] if (folder / HELD_OUT).is_dir() and before.values.get("held_out") else []
+        if (folder / f"{job.name}.run" / "state.pt").is_file():
+            keys += [key for key in job.values if key not in (*keys, "held_out", "shard_size", *CHANGEABLE)]
+        differ = [key for key in keys if before.values.get(key) != job.values[key]]
+        if differ:
+            told = f"it was begun with another {', '.join(differ)} ({before.values.get(differ[0])})"
+            raise SettingError("name", job.name, f"{told}; allowed: the same to go on, or another name")
+
+    def start(self, job: Job) -> None:
+        """Starts a process for a job, or one that goes on with it; raises FusionError where it can't."""
+        with self._lock:
+            self.check(job)
+            folder = self.of(job.name)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / STATE).unlink(missing_ok=True)
+                write_json(folder / JOB, {"job": asdict(job)})
+                process = self._launch(folder)
+                write_json(folder / JOB, {"job": asdict(job), "pid": process.pid, "created": _created(process.pid)})
+            except OSError as error:
+                raise FusionError(f"{folder}: the training can't be started ({error})") from error
+
+    def _launch(self, folder: Path) -> subprocess.Popen:
+        before = os.environ.get("PYTHONPATH")
+        paths = os.pathsep.join([str(REPOSITORY), *([before] if before else [])])
+        environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+        own_group: dict[str, Any] = {"start_new_session": True}  # so that the WebUI's Ctrl+C does not end it
+        if sys.platform == "win32":
+            own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        with (folder / LOG).open("w", encoding="utf-8") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", PROCESS, str(folder)], env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, **own_group,
+            )  # fmt: skip
+
+    def stop(self, name: str) -> bool:
+        """Ends a job's process; whether there was one. What is saved stays, and starting the job again goes on."""
+        with self._lock:
+            process = self._process(name)
+            if process is None:
+                return False
+            write_json(self.of(name) / JOB, _read_json(self.of(name) / JOB) | {"stopped": True})
+            process.terminate()
+            try:
+                process.wait(PATIENCE)
+            except psutil.TimeoutExpired:
+                process.kill()
+                process.wait(PATIENCE)
+            return True
+
+    def status(self, name: str) -> Status | None:
+        """How a job is doing; None where there is none of this name."""
+        job = self.read(name)
+        if job is None:
+            return None
+        folder = self.of(name)
+        runs = self._process(name) is not None  # asked before the state is read, which its end writes last
+        state, asked = _read_json(folder / STATE), _read_json(folder / JOB)
+        ended = "stopped" if asked.get("stopped") else "lost"
+        phase = "running" if runs else state.get("phase", ended)
+        every = int(job.values["save_every"])
+        rows = read_losses(folder / f"{name}.run" / "log.csv")
+        saved = rows[-1][0] // every * every if rows and (folder / f"{name}.run" / "state.pt").is_file() else 0
+        stage, error = state.get("stage", ""), state.get("error", "")
+        return Status(name, phase, stage, error, int(job.values["steps"]), saved, rows)
+
+    def log(self, name: str, lines: int = 100) -> str:
+        """The end of what the process has said."""
+        try:
+            with (self.of(name) / LOG).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 200 * lines))
+                return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-lines:])
+        except OSError:
+            return ""
+
+    def _process(self, name: str) -> psutil.Process | None:
+        """The process of a job that runs; a number that another process has by now is no such."""
+        asked = _read_json(self.of(name) / JOB)
+        try:
+            process = psutil.Process(asked["pid"])
+            is_same = abs(process.create_time() - asked["created"]) < CLOCK_SECONDS
+            if is_same and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        except (KeyError, TypeError, ValueError, psutil.Error):
+            pass
+        return None
+
+
+def read_losses(path: Path) -> list[tuple[int, float, float, float]]:
+    """The rows of a training's log; one that is half written is left out."""
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in list(csv.reader(file))[1:]:
+                step, loss, rate, seconds = row
+                rows.append((int(step), float(loss), float(rate), float(seconds)))
+    except (OSError, ValueError):
+        pass
+    return rows
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1), "utf-8")
+    partial.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _created(pid: int) -> float:
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return 0.0

@@ -1,0 +1,142 @@
+"""AFA in the host: the list of aggregator files, the experts that a file is for, and one pass's models in lockstep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from modules import devices, paths, sd_models
+from torch import nn
+
+from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.fusion.aggregator_files import Card, load_for, model_of, read_card
+from lib_fusion.fusion.lockstep import Lockstep, mean_context
+from lib_fusion.methods import afa
+from lib_fusion.requests.infotext import NO_CHECKPOINT
+from lib_fusion.requests.settings import MAX_EXPERTS, ExpertSettings, FusionSettings
+from lib_fusion.webui.sampling.contexts import pad_alike, tokens_of, vector_of
+
+FOLDER = "denoiser-fusion"
+#: The folder therein that trainings keep their state in; no aggregator files for use.
+TRAINING = "training"
+
+
+def folder() -> Path:
+    """Where people put aggregator files."""
+    return Path(paths.models_path) / FOLDER
+
+
+def list_aggregators() -> list[str]:
+    """Names of the files there, without suffix."""
+    files = (path.relative_to(folder()).with_suffix("") for path in folder().rglob("*.safetensors"))
+    return sorted(file.as_posix() for file in files if file.parts[0] != TRAINING)
+
+
+def find_aggregator(name: str) -> Path:
+    """The file of a name in the list; raises SettingError. No path from a request is ever opened."""
+    names = list_aggregators()
+    found = name.removesuffix(".safetensors")
+    if found not in names:
+        allowed = ", ".join(names) or f"none is there yet; put files into models/{FOLDER}"
+        raise SettingError("afa_aggregator", name, f"no such aggregator; allowed: {allowed}")
+    return folder() / f"{found}.safetensors"
+
+
+def complete(settings: FusionSettings) -> FusionSettings:
+    """Settings with the experts that the aggregator is for, where none are named; raises SettingError."""
+    if settings.method != "AFA" or not settings.needs_aggregator:
+        return settings
+    if settings.afa_aggregator in NO_CHECKPOINT:
+        raise SettingError("afa_aggregator", settings.afa_aggregator, "allowed: an aggregator, or afa_maps uniform")
+    card = card_of(settings.afa_aggregator)
+    if settings.experts:
+        return settings
+    return replace(settings, experts=tuple(ExpertSettings(name) for name in experts_of(card)))
+
+
+def card_of(name: str) -> Card:
+    """The card of a file in the list; raises SettingError."""
+    try:
+        return read_card(find_aggregator(name))
+    except SettingError:
+        raise
+    except FusionError as error:
+        raise SettingError("afa_aggregator", name, str(error)) from error
+
+
+def experts_of(card: Card) -> list[str]:
+    """The host's names of the checkpoints that a file is for, after the base; raises SettingError where one lacks."""
+    names = []
+    for model in card.models[1:]:
+        info = next((i for i in sd_models.checkpoints_list.values() if Path(i.filename).stem == model.name), None)
+        if info is None:
+            told = f"it is for {', '.join(m.name for m in card.models)}; {model.name} is not among the checkpoints"
+            raise SettingError("afa_aggregator", model.name, told)
+        names.append(info.name)
+    return names
+
+
+def implied_by(name: str) -> dict[str, str]:
+    """What choosing a file chooses, too, by the fields' elements: the method, and each expert; raises SettingError."""
+    names = experts_of(card_of(name))
+    names += [NO_CHECKPOINT[1]] * (MAX_EXPERTS - len(names))
+    return {"method": "AFA", **{f"expert{i + 1}_checkpoint": names[i] for i in range(MAX_EXPERTS)}}
+
+
+class AggregatorCache:
+    """The aggregators that were used last."""
+
+    def __init__(self) -> None:
+        self._key: Any = None
+        self._loaded: nn.ModuleList | None = None
+
+    def load(self, settings: FusionSettings, base: nn.Module, unet: nn.Module, files: Sequence[str]) -> nn.ModuleList:
+        """For the base and the experts in ``files`` (the base's first); raises SettingError."""
+        path = find_aggregator(settings.afa_aggregator)
+        models = [model_of(file) for file in files]
+        key = (path, path.stat().st_mtime_ns, tuple(models), settings.afa_force, devices.dtype_unet)
+        if key != self._key:
+            prediction = "v" if base.parameterization == "v" else "epsilon"
+            try:
+                self._loaded = load_for(path, unet, models, [prediction], settings.afa_force, devices.dtype_unet)
+            except FusionError as error:
+                raise SettingError("afa_aggregator", settings.afa_aggregator, str(error)) from error
+            self._key = key
+        return self._loaded.to(devices.device)
+
+    def free(self) -> None:
+        self._key = self._loaded = None
+
+
+def make_lockstep(
+    cache: AggregatorCache, settings: FusionSettings, sd_model: nn.Module, experts: Sequence[Any]
+) -> Lockstep:
+    """The pass's models in lockstep, with trained aggregators or a control; raises SettingError."""
+    unet = sd_model.model.diffusion_model
+    count = 1 + len(experts)
+    if settings.needs_aggregator:
+        files = [sd_model.sd_checkpoint_info.filename, *(expert.info.filename for expert in experts)]
+        aggregators = cache.load(settings, sd_model, unet, files)
+    elif settings.afa_maps == "uniform":
+        aggregators = afa.uniform(count).to(devices.device)
+    elif settings.only_model < count:
+        aggregators = afa.one_hot(count, settings.only_model).to(devices.device)
+    else:
+        raise SettingError("afa_maps", settings.afa_maps, f"allowed: one of the {count} models")
+    return Lockstep(unet, [expert.unet or unet for expert in experts], aggregators)
+
+
+@contextmanager
+def together(lockstep: Lockstep, conds: Sequence[dict[str, Any]], empties: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Around the base's call: all models take part. ``conds``: each model's conditioning of the call, base first.
+
+    ``empties`` (1,T,D): each model's states of the empty prompt, with which shorter prompts are filled up for the mean.
+    """
+    states = [tokens_of(cond) for cond in conds]
+    mean = mean_context(pad_alike(states, empties))
+    with lockstep.running(states[1:], mean, [vector_of(cond) for cond in conds[1:]]):
+        yield

@@ -1,0 +1,156 @@
+"""What an expert is told: its prompts through its own text encoder, or the base's, as the host would read them.
+
+An own encoder (``encoders.py``) is the host's conditioner with the expert's weights, so emphasis, prompt editing,
+BREAK, AND, embeddings and clip skip work as they do for the base, and the base's encoder is never touched.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from modules import devices, extra_networks, lowvram, prompt_parser, sd_models_xl, shared
+from torch import nn
+
+from lib_fusion.errors import SettingError
+from lib_fusion.requests.settings import ExpertSettings
+from lib_fusion.webui.models.experts import Expert, ExpertKey, is_base, make_key, model_of
+from lib_fusion.webui.models.text_encoders import build_encoder, clone_encoder, share_embeddings
+
+#: How many sets of conditionings are kept: both passes of two experts.
+KEPT = 4
+#: Brackets in an expert's prompt. The host's reader of prompts takes minutes and gigabytes for some thousand.
+MOST_BRACKETS = 200
+
+
+@dataclass
+class Told:
+    """The host's conditionings for one expert: ``cond`` composed and scheduled, ``uncond`` scheduled."""
+
+    cond: Any
+    uncond: Any
+    empty: torch.Tensor
+
+
+class OwnEncoder:
+    """Stands where the host's prompt parser expects a model: encodes texts with an expert's conditioner."""
+
+    def __init__(self, conditioner: nn.Module, is_sdxl: bool) -> None:
+        self.conditioner, self.is_sdxl = conditioner, is_sdxl
+
+    def get_learned_conditioning(self, texts: Any) -> Any:
+        return sd_models_xl.get_learned_conditioning(self, texts) if self.is_sdxl else self.conditioner(texts)
+
+
+class TextCache:
+    """The experts' text encoders and the last conditionings. The host's own caches are never written to."""
+
+    def __init__(self) -> None:
+        self._encoders: OrderedDict[tuple[ExpertKey, Any], nn.Module] = OrderedDict()
+        self._told: list[tuple[Any, Told]] = []  # newest last; the keys are compared as the host compares its own
+
+    def tell(self, p: Any, loaded: Expert, expert: ExpertSettings, field: str) -> Told | None:
+        """The conditionings of this pass for an expert; None: exactly the base's."""
+        info = loaded.info
+        own_encoder = expert.text_encoder == "own" and not is_base(info, expert, p.sd_model)
+        if not own_encoder and not expert.prompt and not expert.negative_prompt:
+            return None
+        prompts, negatives, steps, hires_steps, extra = prompts_of(p)
+        if expert.prompt:
+            prompts = replace_texts(prompts, expert.prompt, f"{field}.prompt")
+        if expert.negative_prompt:
+            negatives = replace_texts(negatives, expert.negative_prompt, f"{field}.negative_prompt")
+        encoder_key = make_key(info, expert) if own_encoder else None
+        shape = (prompts.width, prompts.height)
+        key = (encoder_key, negatives, shape, p.cached_params(prompts, steps, extra, hires_steps, old_scheduling()))
+        found = next((told for known, told in self._told if known == key), None)
+        if found is None:
+            with devices.autocast():
+                model = p.sd_model
+                if own_encoder:
+                    model = self._own(loaded, encoder_key, p.sd_model, f"{field}.text_encoder")
+                found = encode(model, prompts, negatives, steps, hires_steps, p.sd_model)
+            self._told = [*self._told, (key, found)][-KEPT:]
+        return found
+
+    def free(self) -> None:
+        self._encoders.clear()
+        self._told.clear()
+
+    @property
+    def bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for encoder in self._encoders.values() for p in encoder.parameters())
+
+    def _own(self, loaded: Expert, key: ExpertKey, sd_model: nn.Module, field: str) -> OwnEncoder:
+        is_sdxl = hasattr(sd_model, "conditioner")
+        source = sd_model.conditioner if is_sdxl else sd_model.cond_stage_model
+        is_other = loaded.model.kind != model_of(sd_model).kind
+        # A clone shares the structure that the host built for this base, so another base needs another clone.
+        full_key = (key, None if is_other else id(source))
+        if full_key not in self._encoders:
+            limit = max(int(shared.opts.data.get("denoiser_fusion_cache", 1)), 1)
+            while len(self._encoders) >= limit:
+                self._encoders.popitem(last=False)
+            if is_other:
+                encoder = build_encoder(loaded.info, field)
+            else:
+                prefix = "conditioner." if is_sdxl else "cond_stage_model."
+                encoder = clone_encoder(source, loaded.info, prefix, key.loras, field)
+            self._encoders[full_key] = encoder
+        self._encoders.move_to_end(full_key)
+        encoder = self._encoders[full_key]
+        if is_other:
+            share_embeddings(encoder)
+        return OwnEncoder(encoder, is_sdxl)
+
+
+def old_scheduling() -> bool:
+    return shared.opts.use_old_scheduling
+
+
+def prompts_of(p: Any) -> tuple[Any, Any, int, int | None, Any]:
+    """This pass's prompts, negative prompts, steps, hires steps and LoRA call, as the host conditions its own model."""
+    if not getattr(p, "is_hr_pass", False):
+        size = {"width": p.width, "height": p.height}
+        prompts, negatives, steps, hires_steps = p.prompts, p.negative_prompts, p.firstpass_steps, None
+        extra = p.extra_network_data
+    else:
+        from modules import sd_samplers
+
+        size = {"width": p.hr_upscale_to_x, "height": p.hr_upscale_to_y}
+        prompts, negatives, steps = p.hr_prompts, p.hr_negative_prompts, p.firstpass_steps
+        config = sd_samplers.find_sampler_config(p.hr_sampler_name or p.sampler_name)
+        hires_steps = p.hr_second_pass_steps or p.steps
+        hires_steps = config.total_steps(hires_steps) if config else hires_steps
+        extra = p.hr_extra_network_data
+    negatives = prompt_parser.SdConditioning(negatives, is_negative_prompt=True, **size)
+    return prompt_parser.SdConditioning(prompts, **size), negatives, steps, hires_steps, extra
+
+
+def replace_texts(prompts: Any, text: str, field: str) -> Any:
+    """The expert's own text for every picture; LoRAs can't be named in it, since the host switches them for all."""
+    if sum(map(text.count, "()[]")) > MOST_BRACKETS:
+        raise SettingError(field, text, f"allowed: at most {MOST_BRACKETS} brackets")
+    plain, networks = extra_networks.parse_prompts([text])
+    if networks:
+        raise SettingError(field, text, "allowed: a prompt without <...>; LoRAs are named in the picture's prompt")
+    return prompt_parser.SdConditioning(plain * len(prompts), copy_from=prompts)
+
+
+def encode(model: Any, prompts: Any, negatives: Any, steps: int, hires_steps: int | None, sd_model: nn.Module) -> Told:
+    """Encodes as the host does. An own encoder waits on the CPU where the host's own or the experts do."""
+    in_ram = lowvram.is_enabled(sd_model) or shared.opts.data.get("denoiser_fusion_place", "GPU") != "GPU"
+    moved = isinstance(model, OwnEncoder) and in_ram
+    if isinstance(model, OwnEncoder):
+        model.conditioner.to(devices.device)
+    try:
+        schedule = (steps, hires_steps, old_scheduling())
+        uncond = prompt_parser.get_learned_conditioning(model, negatives, *schedule)
+        cond = prompt_parser.get_multicond_learned_conditioning(model, prompts, *schedule)
+        empty = model.get_learned_conditioning([""])
+    finally:
+        if moved:
+            model.conditioner.to(devices.cpu)
+    return Told(cond, uncond, empty["crossattn"] if isinstance(empty, dict) else empty)

@@ -1,0 +1,361 @@
+"""Experts' U-Nets inside the host: found in its own list, checked, built alone in its own class, kept, and freed.
+
+Building one changes no state of the host; what it computes equals what the host computes with that checkpoint loaded.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from modules import devices, sd_disable_initialization, sd_models, sd_models_config, sd_unet, shared
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from torch import nn
+
+from lib_fusion.errors import CheckpointError, FusionError, SettingError
+from lib_fusion.requests.settings import ExpertSettings
+from lib_fusion.unet.checkpoint import UNET_PREFIX, Checkpoint, unet_kind
+
+#: Tensor names without prefix, and their shapes.
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ExpertKey:
+    """What makes a loaded expert reusable. ``loras``: one that LoRAs act on is altered by them, so it is kept apart.
+
+    ``dtype``: how the host stores its models, which a setting of it (FP8 weight) changes between generations.
+    """
+
+    file: str
+    changed: int
+    loras: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a U-Net is: its ``kind`` (``checkpoint.unet_kind``), and whether it predicts ``epsilon`` or ``v``."""
+
+    kind: str
+    prediction: str
+
+    def shares_latents(self, kind: str) -> bool:
+        return self.kind == kind or {self.kind, kind} == {"sd1", "sd2"}
+
+
+@dataclass
+class Expert:
+    """A loaded U-Net; ``unet`` is None where the expert is the base itself, and nothing is loaded twice."""
+
+    info: Any
+    model: Model
+    unet: nn.Module | None = None
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self.unet is None else sum(p.numel() * p.element_size() for p in self.unet.parameters())
+
+
+class ExpertCache:
+    """The loaded experts, most recently used last."""
+
+    def __init__(self) -> None:
+        self._experts: OrderedDict[ExpertKey, Expert] = OrderedDict()
+
+    def acquire(
+        self, infos: list[Any], settings: list[ExpertSettings], sd_model: nn.Module, alike: bool
+    ) -> list[Expert]:
+        """The experts of one pass, loaded where they are not yet; all are checked before any is loaded.
+
+        ``alike``: whether they must be of the base's own architecture and prediction.
+        """
+        models = [
+            check_fits(info, setting, sd_model, f"experts[{i}]", alike)
+            for i, (info, setting) in enumerate(zip(infos, settings))
+        ]
+        kind = model_of(sd_model).kind
+        for key in [key for key, expert in self._experts.items() if not expert.model.shares_latents(kind)]:
+            del self._experts[key]  # the base has changed to another kind: these can't be used with it
+        keys = [
+            None if is_base(info, setting, sd_model) else make_key(info, setting)
+            for info, setting in zip(infos, settings)
+        ]
+        needed = {key for key in keys if key is not None}
+        limit = max(int(shared.opts.data.get("denoiser_fusion_cache", 1)), len(needed))
+        for key in [key for key in self._experts if key not in needed]:
+            if len(needed | set(self._experts)) > limit:
+                del self._experts[key]
+                devices.torch_gc()
+        experts = []
+        for info, model, key in zip(infos, models, keys):
+            if key is None:
+                experts.append(Expert(info, model))
+                continue
+            if key not in self._experts:
+                unet = load_unet(info)
+                if key.loras:
+                    copy_layer_names(sd_model.model.diffusion_model, unet)
+                self._experts[key] = Expert(info, model, unet)
+            self._experts.move_to_end(key)
+            experts.append(self._experts[key])
+        return experts
+
+    def free(self) -> None:
+        self._experts.clear()
+        devices.torch_gc()
+
+    def sizes(self) -> list[tuple[str, int]]:
+        """(name, bytes) of what is loaded. The page asks for it at any time, so of a list as it is now."""
+        return [(expert.info.name_for_extra, expert.bytes) for expert in list(self._experts.values())]
+
+
+def find_checkpoint(name: str, field: str) -> Any:
+    """The host's entry of exactly this name (title, file name, or hash); raises SettingError with the names there are.
+
+    The host's own lookup also takes any part of a name, which would quietly use another model than was asked for.
+    """
+    info = sd_models.checkpoint_aliases.get(name)
+    if info is None:
+        names = [entry.name for entry in sd_models.checkpoints_list.values()]
+        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        raise SettingError(field, name, f"no such checkpoint; allowed: {shown}")
+    return info
+
+
+def list_checkpoints() -> list[str]:
+    """Names for the panel: without hashes, since a name gets its hash only when the host has read the file."""
+    return [info.name for info in sd_models.checkpoints_list.values()]
+
+
+def make_key(info: Any, setting: ExpertSettings) -> ExpertKey:
+    dtype = torch.float8_e4m3fn if devices.fp8 else devices.dtype_unet
+    return ExpertKey(info.filename, Path(info.filename).stat().st_mtime_ns, setting.loras, str(dtype))
+
+
+def is_base(info: Any, setting: ExpertSettings, sd_model: nn.Module) -> bool:
+    """Whether the host's own U-Net is this expert: the same file, and under the same LoRAs."""
+    same_file = info.filename == sd_model.sd_checkpoint_info.filename
+    return same_file and (setting.loras or not active_loras())
+
+
+def active_loras() -> list[Any]:
+    """The LoRAs that the host has switched on."""
+    import sys
+
+    return getattr(sys.modules.get("networks"), "loaded_networks", [])
+
+
+def check_base(sd_model: nn.Module) -> None:
+    """Refuses base models and engines that nothing can be fused with; raises SettingError."""
+    name = sd_model.sd_checkpoint_info.name_for_extra
+    allowed = "allowed: Stable Diffusion 1, 2 and XL"
+    if getattr(sd_model, "is_sd3", False):
+        raise SettingError("base checkpoint", name, f"it is Stable Diffusion 3; {allowed}")
+    if getattr(sd_model, "is_ssd", False):
+        raise SettingError("base checkpoint", name, f"it is SSD-1B; {allowed}")
+    if getattr(sd_model, "cond_stage_key", "txt") == "edit":
+        raise SettingError("base checkpoint", name, f"it is an instruct-pix2pix model; {allowed}")
+    if sd_unet.current_unet is not None:
+        label = getattr(sd_unet.current_unet.option, "label", "?")
+        told = "allowed with Denoiser Fusion: None, since an engine runs neither experts nor hooks"
+        raise SettingError("SD Unet", label, told)
+
+
+def check_fits(info: Any, setting: ExpertSettings, sd_model: nn.Module, field: str, alike: bool) -> Model:
+    """What an expert is; raises SettingError for one that can't go with the base. Reads the file's header only.
+
+    SD1 and SD2 share their latents, so unless they must be ``alike``, each may be the other's expert, with its own text
+    encoder; and a model that predicts v may be the expert of one that predicts the noise, or the other way round.
+    """
+    checkpoint = f"{field}.checkpoint"
+    try:
+        file = Checkpoint.open(info.filename)
+        kind, shapes = file.kind, file.unet_shapes
+    except CheckpointError as error:
+        raise SettingError(checkpoint, info.name, str(error).replace(f"{info.filename}: ", "")) from error
+    base, base_shapes = model_of(sd_model), unet_shapes_of(sd_model.model.diffusion_model)
+    allowed_with = "allowed with this base" + (" and AFA" if alike else "")
+    if kind != base.kind and (alike or not base.shares_latents(kind)):
+        raise SettingError(checkpoint, info.name, f"it is {kind}; {allowed_with}: {base.kind}")
+    channels, base_channels = (sum(s["input_blocks.0.0.weight"][1:2]) for s in (shapes, base_shapes))
+    if channels != base_channels:
+        names = {4: "an ordinary", 8: "an instruct-pix2pix", 9: "an inpainting"}
+        found, allowed = (f"{names.get(n, 'a')} model ({n} input channels)" for n in (channels, base_channels))
+        raise SettingError(checkpoint, info.name, f"it is {found}; allowed with this base: {allowed}")
+    if kind == base.kind:
+        check_same_shapes(shapes, base_shapes, checkpoint, info.name)
+    else:
+        check_other_kind(shapes, kind, setting, base_shapes, field)
+    prediction = file.prediction
+    if prediction != "v":
+        try:
+            with built_as_told(info):
+                prediction = prediction_of_config(config_of(info, kind, sd_model))
+        except CheckpointError as error:
+            raise SettingError(checkpoint, info.name, str(error)) from error
+    if alike and prediction != base.prediction:
+        raise SettingError(checkpoint, info.name, f"it predicts {prediction}; {allowed_with}: {base.prediction}")
+    return Model(kind, prediction)
+
+
+def check_same_shapes(shapes: Shapes, base: Shapes, field: str, name: str) -> None:
+    missing = [key for key in base if key not in shapes]
+    if missing:
+        told = f"its U-Net lacks {len(missing)} tensors of the base's, such as {missing[0]}"
+        raise SettingError(field, name, told)
+    differ = [key for key, shape in shapes.items() if key in base and base[key] != shape]
+    if differ:
+        key = differ[0]
+        told = f"{key} is {shapes[key]}, allowed with this base: {base[key]}"
+        raise SettingError(field, name, f"{len(differ)} of its tensors have other shapes; {told}")
+
+
+def check_other_kind(shapes: Shapes, kind: str, setting: ExpertSettings, base: Shapes, field: str) -> None:
+    """What an expert of another kind than the base can't share with it."""
+    width, base_width = (
+        next(shape[1] for key, shape in s.items() if key.endswith("attn2.to_k.weight")) for s in (shapes, base)
+    )
+    if setting.text_encoder == "base" and width != base_width:
+        told = f"the expert is {kind}, which takes texts of width {width}, the base's have {base_width}; allowed: own"
+        raise SettingError(f"{field}.text_encoder", "base", told)
+    if setting.loras:
+        told = f"the expert is {kind} and the picture's LoRAs are made for the base's kind; allowed: false"
+        raise SettingError(f"{field}.loras", True, told)
+
+
+def config_of(info: Any, kind: str, sd_model: nn.Module) -> Any:
+    """The configuration beside the file, or else the host's guess, which for SD2 runs a U-Net."""
+    path = sd_models_config.find_checkpoint_config_near_filename(info)
+    if path is None:
+        known = kind != "sd2" and kind == model_of(sd_model).kind
+        path = sd_model.used_config if known else guess_config(info.filename, info)
+    return OmegaConf.load(path)
+
+
+@lru_cache(maxsize=32)
+def guess_config(filename: str, info: Any) -> str:
+    """The host's guess, which runs an SD2 U-Net once to see what it predicts."""
+    return sd_models_config.guess_model_config_from_state_dict(read_weights(info), filename)
+
+
+def prediction_of_config(config: Any) -> str:
+    """``v`` or ``epsilon``, from a checkpoint's configuration in the host's format."""
+    params = config.model.params
+    scaling = OmegaConf.select(params, "denoiser_config.params.scaling_config.target") or ""
+    return "v" if params.get("parameterization") == "v" or scaling.endswith("VScaling") else "epsilon"
+
+
+def unet_shapes_of(unet: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in unet.state_dict().items()}
+
+
+def model_of(sd_model: nn.Module) -> Model:
+    """What the host's own model is."""
+    kind = unet_kind(unet_shapes_of(sd_model.model.diffusion_model), found="the base")
+    return Model(kind, "v" if sd_model.parameterization == "v" else "epsilon")
+
+
+def read_weights(info: Any) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors as the host names them, on the CPU, mapped rather than read; raises CheckpointError.
+
+    Only files that ``Checkpoint.open`` takes: the host's function would unpickle others.
+    """
+    Checkpoint.open(info.filename)
+    try:
+        return sd_models.read_state_dict(info.filename, map_location="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{info.name}: can't be read ({error})") from error
+
+
+def read_config(info: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """The parameters of a checkpoint's model, as the host builds it."""
+    config = OmegaConf.load(sd_models_config.find_checkpoint_config(weights, info))
+    sd_models.repair_config(config, weights)
+    return config.model.params
+
+
+def load_unet(info: Any) -> nn.Module:
+    """The checkpoint's U-Net alone, in the host's class, on the host's device and in its dtype, ready to run.
+
+    Raises CheckpointError, also where a weight is not a finite number in that dtype.
+    """
+    weights = read_weights(info)
+    with built_as_told(info):
+        params = read_config(info, weights)
+        node = params.network_config if "network_config" in params else params.unet_config
+    dtype = devices.dtype_unet
+    # Weights of a mapped file are not aligned, and stay mapped where no cast copies them.
+    own = {
+        key[len(UNET_PREFIX) :]: value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
+        for key, value in weights.items()
+        if key.startswith(UNET_PREFIX)
+    }
+    no_init = sd_disable_initialization.DisableInitialization(), sd_disable_initialization.InitializeOnMeta()
+    with built_as_told(info), no_init[0], no_init[1]:
+        unet = sd_models.get_obj_from_str(node.target)(**OmegaConf.to_container(node.params, resolve=True))
+    wanted = {key: value.shape for key, value in unet.state_dict().items()}
+    wrong = [key for key, shape in wanted.items()
+             if key not in own or own[key].shape != shape or not own[key].is_floating_point()]  # fmt: skip
+    if wrong:
+        told = f"{len(wrong)} tensors of its U-Net are not there, not numbers, or of another shape than its .yaml says"
+        raise CheckpointError(f"{info.name}: {told}, such as {wrong[0]}")
+    unet.load_state_dict({key: own[key] for key in wanted}, assign=True)
+    unet.eval().requires_grad_(False)
+    unet.dtype = dtype
+    check_finite(unet.to(devices.device), info.name)
+    if devices.fp8:
+        store_in_fp8(unet)
+    return unet.to(devices.device)
+
+
+@contextmanager
+def built_as_told(info: Any) -> Iterator[None]:
+    """A .yaml beside a checkpoint can say anything; whatever the host makes of it is told with the file's name."""
+    try:
+        yield
+    except (FusionError, MemoryError):
+        raise
+    except Exception as error:
+        told = f"can't be built as its configuration says ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{info.name}: {told}") from error
+
+
+def check_finite(unet: nn.Module, name: str) -> None:
+    """Raises CheckpointError where a weight is infinite or not a number: such a model draws noise or black.
+
+    A sum shows it, and takes no second copy of the weights; it is read once for all of them.
+    """
+    totals = {key: value.sum(dtype=torch.float32) for key, value in unet.state_dict().items()}
+    finite = torch.stack(list(totals.values())).isfinite().tolist()
+    broken = [key for key, is_finite in zip(totals, finite) if not is_finite]
+    if broken:
+        told = f"{len(broken)} tensors of its U-Net hold infinite values or NaN, such as {broken[0]}"
+        raise CheckpointError(f"{name}: {told}; the file is broken, or not made for {unet.dtype}")
+
+
+def store_in_fp8(unet: nn.Module) -> None:
+    """Rounds the layers that the host's setting "FP8 weight" rounds; they compute in the host's own precision."""
+    for layer in unet.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            if shared.opts.cache_fp16_weight:  # what LoRAs are added to
+                layer.fp16_weight = layer.weight.data.clone().cpu().half()
+                if layer.bias is not None:
+                    layer.fp16_bias = layer.bias.data.clone().cpu().half()
+            layer.to(torch.float8_e4m3fn)
+
+
+def copy_layer_names(source: nn.Module, target: nn.Module) -> None:
+    """Gives the target's layers the names by which the host's LoRA code finds its layers."""
+    layers = dict(target.named_modules())
+    for path, module in source.named_modules():
+        name = getattr(module, "network_layer_name", None)
+        if name is not None and path in layers:
+            layers[path].network_layer_name = name

@@ -1,0 +1,68 @@
+"""The comparison: the base and every expert alone beside their fusion, with the same seeds, in one labelled grid.
+
+It runs after a generation, as generations of its own from a copy of the request as the host had it first, so that all
+that the host and other extensions do happens to each.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from modules import images, processing, shared
+
+from lib_fusion.requests.settings import FusionSettings
+
+#: On a request: the settings to use whatever its arguments say; None is off.
+OVERRIDE = "_denoiser_fusion_override"
+
+
+def keep_request(p: Any) -> Any:
+    """A copy of a request that nothing has changed yet, with its seeds settled for both."""
+    p.seed, p.subseed = processing.get_fixed_seed(p.seed), processing.get_fixed_seed(p.subseed)
+    return copy.copy(p)
+
+
+def alone(settings: FusionSettings, expert: int) -> FusionSettings:
+    """Settings under which one expert draws by itself, with its own prompts."""
+    return FusionSettings(experts=(settings.experts[expert],), snb_window=(0.0, 0.0), snb_outside="expert")
+
+
+def column_titles(names: list[str]) -> list[str]:
+    """The grid's columns: the base, the experts by their files' names, numbered where two have the same, the fusion."""
+    stems = [Path(name).stem for name in names]
+    numbered = [f"{stem} ({i})" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems, start=1)]
+    return ["base", *numbered, "fusion"]
+
+
+def add_comparison(p: Any, processed: Any, kept: Any, settings: FusionSettings, names: list[str]) -> None:
+    """Draws what is missing and puts the grid before all other pictures; an interrupt leaves it out."""
+    first = processed.index_of_first_image
+    count = len(processed.infotexts) - first
+    each = (len(processed.images) - first) // max(count, 1)
+    ways = [None, *(alone(settings, i) for i in range(len(names)))]
+    columns = []
+    shared.state.job_count += len(ways) * p.n_iter
+    for way in ways:
+        single = copy.copy(kept)
+        single.extra_generation_params = {}
+        single.do_not_save_samples = single.do_not_save_grid = True
+        setattr(single, OVERRIDE, way)
+        done = processing.process_images(single)
+        if shared.state.interrupted or shared.state.skipped:
+            return
+        columns.append(done.images[done.index_of_first_image :][::each][:count])
+    columns.append(processed.images[first::each][:count])
+    cells = [column[i] for i in range(count) for column in columns]
+    width, height = cells[0].size
+    titles = [[images.GridAnnotation(name)] for name in column_titles(names)]
+    seeds = [[images.GridAnnotation(f"seed {seed}")] for seed in p.all_seeds[:count]]
+    grid = images.draw_grid_annotations(images.image_grid(cells, rows=count), width, height, titles, seeds)
+    text = processed.infotexts[first]
+    if shared.opts.grid_save:
+        images.save_image(grid, p.outpath_grids, "fusion-comparison", p.all_seeds[0], p.all_prompts[0],
+                          shared.opts.grid_format, info=text, p=p, grid=True)  # fmt: skip
+    processed.images.insert(0, grid)
+    processed.infotexts.insert(0, text)
+    processed.index_of_first_image += 1

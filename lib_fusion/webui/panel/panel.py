@@ -1,0 +1,380 @@
+"""The panel in txt2img and img2img. Its controls are built from the table, row by row."""
+
+from __future__ import annotations
+
+import html
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+# Modules, not names from them: a UI reload makes the host's UI classes anew.
+from modules import call_queue, infotext_utils, paths, sd_models, shared, ui_common, ui_components
+
+from lib_fusion.errors import FusionError
+from lib_fusion.requests import infotext, presets, request
+from lib_fusion.requests.infotext import Field
+from lib_fusion.requests.settings import (
+    COMPARE,
+    FREEU_AUTO,
+    FREEU_PUBLISHED,
+    FREEU_PUBLISHED_ROWS,
+    FREEU_STAGES,
+    MAP_PARAMETERS,
+    MAX_EXPERTS,
+    PREVIEW_PARAMETERS,
+    SKIP_PRESETS,
+)
+from lib_fusion.webui.models import aggregators, experts
+from lib_fusion.webui.runtime import runtime
+from lib_fusion.webui.sampling.hooked_pass import PLACES, PREVIEW_OPTION
+
+FREEU_ON = ("Auto", *FREEU_PUBLISHED, "Custom")
+#: The setting by which pasted settings switch the panel.
+PASTE_OPTION = "denoiser_fusion_paste_switches"
+#: The amounts of skipping, for people.
+SKIP_WORDS = {
+    "Faithful": "Hardly any difference to be seen; up to half of the U-Net's work is spared",
+    "Balanced": "Small differences; a little more is spared, above all with many steps",
+    "Fast": "Some pictures change a little; the most is spared",
+}
+SKIP_TOLD = ("More steps leave more to skip. With samplers that add noise at each step (ancestral, SDE) forecasts are "
+             "poor, so nearly nothing is skipped. The picture's infotext tells what was.")  # fmt: skip
+AFA_TOLD = ("Not in use: the method is another one. Choosing an aggregator here chooses AFA, too, as does the method "
+            "in the Blend tab.")  # fmt: skip
+AFA_HINT = ("Parts that come out coarse are mostly spoilt while there is more noise than picture. The preset 'Average "
+            "first, then AFA' lets the average draw until then.")  # fmt: skip
+#: Control -> the choices of another one with which alone it is of use. Elsewhere the page hides it; its value stays.
+SHOWN_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "snb_saliency": ("method", ("SNB",)),
+    "afa_force": ("afa_maps", ("trained",)),
+    "freeu_version": ("freeu", FREEU_ON),
+    "freeu_models": ("freeu", FREEU_ON),
+    "skip_passes": ("skipping", ("Forecast", "Paper")),
+    "skip_tolerance": ("skipping", ("Forecast",)),
+    "skip_threshold": ("skipping", ("Paper",)),
+}
+#: A slider is of no use where it has more stops than this.
+MOST_STOPS = 1000
+#: More choices than this are a list to open.
+MOST_BUTTONS = 4
+#: For events of ours: Gradio waits for ever for a queued one whose page has gone, and *Reload UI* with it.
+AT_ONCE = {"show_progress": False, "queue": False}
+
+
+@dataclass
+class Built:
+    """What the host wants to know of a built panel: its inputs in the order of the script's arguments, and pasting."""
+
+    inputs: list[Any]
+    infotext_fields: list[Any]
+    paste_field_names: list[Paste]
+
+
+def build(elem_id: Callable[[str], str]) -> Built:
+    """Builds the panel of one tab, and keeps nothing: the host calls this several times."""
+    controls: dict[str, list[Any]] = {}
+    fields = {field.element: field for field in infotext.list_fields()}
+
+    def place(*elements: str) -> None:
+        for element in elements:
+            controls[element] = make_controls(fields[element], elem_id)
+
+    with ui_components.InputAccordion(False, label="Denoiser Fusion", elem_id=elem_id("enable")) as enabled:
+        with gr.Tabs(elem_id=elem_id("tabs"), elem_classes=["denoiser-fusion"]):
+            with gr.Tab("Experts", elem_id=elem_id("tab_experts")):
+                build_experts(place, controls, elem_id)
+            with gr.Tab("Blend", elem_id=elem_id("tab_blend")):
+                with gr.Row():
+                    place("method", "snb_outside")
+                with gr.Row():
+                    place("snb_window")
+                with gr.Row(elem_classes=shown_with("method", "SNB")):
+                    place("snb_saliency", "snb_hold")
+                with gr.Row(elem_classes=shown_with("method", "SNB")):
+                    place("k_general", "k_expert")
+            with gr.Tab("AFA", elem_id=elem_id("tab_afa")):
+                build_afa(place, controls, elem_id)
+            with gr.Tab("FreeU", elem_id=elem_id("tab_freeu")):
+                build_freeu(place, controls, elem_id)
+            with gr.Tab("Skipping", elem_id=elem_id("tab_skipping")):
+                build_skipping(place, controls, elem_id)
+            with gr.Tab("Passes", elem_id=elem_id("tab_passes")), gr.Row():
+                place("passes", "refiner")
+        inputs = [control for element in fields for control in controls[element]]
+        build_presets(inputs, elem_id)
+        compare = build_foot(elem_id)
+
+    pastes = [Paste(), *(Paste(field, part) for field in fields.values() for part in range(field.width))]
+    pasted = [infotext_utils.PasteField(control, paste) for control, paste in zip([enabled, *inputs], pastes)]
+    return Built([enabled, *inputs, compare], pasted, pastes)
+
+
+def build_experts(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
+    """The first expert in full view, the others folded away."""
+    for i in range(MAX_EXPERTS):
+        name = f"expert{i + 1}"
+        with gr.Accordion(f"Expert {i + 1}", open=i == 0, elem_id=elem_id(name)):
+            with gr.Row(elem_classes=["denoiser-fusion-row"]):
+                place(f"{name}_checkpoint")
+                ui_common.create_refresh_button(
+                    controls[f"{name}_checkpoint"][0], sd_models.list_models,
+                    lambda: {"choices": list_choices()}, elem_id(f"{name}_refresh"),
+                )  # fmt: skip
+                place(f"{name}_text_encoder", f"{name}_loras")
+            with gr.Row():
+                place(f"{name}_prompt", f"{name}_negative_prompt")
+
+
+def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
+    """The aggregator files, and what the chosen one is for. Choosing one also chooses the method and the experts."""
+    with gr.Row(elem_classes=["denoiser-fusion-row"]):
+        place("afa_aggregator")
+        ui_common.create_refresh_button(
+            controls["afa_aggregator"][0], lambda: None,
+            lambda: {"choices": ["", *aggregators.list_aggregators()]}, elem_id("afa_refresh"),
+        )  # fmt: skip
+        place("afa_maps", "afa_force")
+    gr.HTML(AFA_TOLD, elem_id=elem_id("afa_unused"),
+            elem_classes=["denoiser-fusion-told", *shown_with("method", "SNB", "Average")])  # fmt: skip
+    gr.HTML(AFA_HINT, elem_id=elem_id("afa_hint"),
+            elem_classes=["denoiser-fusion-told", *shown_with("method", "AFA")])  # fmt: skip
+    told = gr.HTML(elem_id=elem_id("afa_told"), elem_classes=["denoiser-fusion-told"])
+    (file,), (method,) = controls["afa_aggregator"], controls["method"]
+    chosen = [controls[f"expert{i + 1}_checkpoint"][0] for i in range(MAX_EXPERTS)]
+
+    def on_choice(name: str) -> list[Any]:
+        try:
+            return [gr.update(value=value) for value in aggregators.implied_by(name).values()]
+        except FusionError:
+            return [gr.update()] * (1 + MAX_EXPERTS)
+
+    def on_change(name: str) -> str:
+        try:
+            return html.escape(aggregators.card_of(name).describe()) if name else ""
+        except FusionError as error:
+            return html.escape(str(error))
+
+    file.input(on_choice, inputs=[file], outputs=[method, *chosen], **AT_ONCE)
+    file.change(on_change, inputs=[file], outputs=[told], **AT_ONCE)
+
+
+def build_freeu(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
+    """The choice of factors; a line that tells published ones, or the controls for one's own, a row for each stage."""
+    with gr.Row():
+        place("freeu", "freeu_version")
+    told = gr.HTML(elem_id=elem_id("freeu_told"), elem_classes=["denoiser-fusion-told"])
+    with gr.Column(elem_id=elem_id("freeu_custom"), elem_classes=shown_with("freeu", "Custom")):
+        for stage in FREEU_STAGES:
+            with gr.Row():
+                place(f"freeu_b{stage}", f"freeu_s{stage}")
+        with gr.Accordion("Channels and frequencies", open=False, elem_id=elem_id("freeu_more")):
+            for stage in FREEU_STAGES:
+                with gr.Row(elem_classes=["denoiser-fusion-narrow"]):
+                    place(*(f"freeu_{name}{stage}" for name in ("offset", "width", "cutoff", "high")))
+    with gr.Row(elem_classes=shown_with("freeu", *FREEU_ON)):
+        place("freeu_start", "freeu_stop", "freeu_smooth")
+    place("freeu_models")
+    (preset,), (version,) = controls["freeu"], controls["freeu_version"]
+    published = [controls[key][0] for key in FREEU_PUBLISHED_ROWS]
+
+    def on_change(name: str, number: str) -> list[Any]:
+        """Published factors also go into the hidden controls, so that one's own begin with them."""
+        factors = FREEU_PUBLISHED[name][number] if name in FREEU_PUBLISHED else [gr.update()] * len(published)
+        return [describe_freeu(name, number), *factors]
+
+    for control in (preset, version):
+        control.change(on_change, inputs=[preset, version], outputs=[told, *published], **AT_ONCE)
+
+
+def describe_freeu(name: str, version: str) -> str:
+    """The published factors that a choice stands for, for people."""
+    if name == "Auto":
+        names = ", ".join(dict.fromkeys(FREEU_AUTO.values()))
+        return f"The published factors for the kind of the loaded model: {names}."
+    if name not in FREEU_PUBLISHED:
+        return ""
+    factors = zip(FREEU_PUBLISHED_ROWS, FREEU_PUBLISHED[name][version])
+    return ", ".join(f"{key.removeprefix('freeu_')} {factor:g}" for key, factor in factors)
+
+
+def build_skipping(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
+    """Which policy, three amounts of it in words, and the controls that they set."""
+    with gr.Row():
+        place("skipping", "skip_passes")
+    with gr.Row(elem_classes=["denoiser-fusion-row"]):
+        buttons = {name: gr.Button(name, size="sm", elem_id=elem_id(f"skip_{name.lower()}"), tooltip=SKIP_WORDS[name])
+                   for name in SKIP_PRESETS}  # fmt: skip
+    with gr.Row(elem_classes=shown_with("skipping", "Forecast", "Paper")):
+        place("skip_tolerance", "skip_threshold", "skip_max")
+    with gr.Row(elem_classes=shown_with("skipping", "Forecast")):
+        place("skip_warmup", "skip_correct")
+    gr.HTML(SKIP_TOLD, elem_id=elem_id("skip_told"), elem_classes=["denoiser-fusion-told"])
+    targets = [controls[key][0] for key in ("skipping", "skip_tolerance", "skip_max")]
+    for name, button in buttons.items():
+        values = ["Forecast", SKIP_PRESETS[name]["skip_tolerance"], SKIP_PRESETS[name]["skip_max"]]
+        button.click(lambda values=values: values, outputs=targets, **AT_ONCE)
+
+
+def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
+    """Apply, save, delete and refresh; whatever goes wrong is told in a line under the list."""
+    store = presets.Presets(Path(paths.data_path) / presets.FILE)
+    with gr.Row(elem_classes=["denoiser-fusion-row"]):
+        chosen = ui_components.DropdownEditable(
+            label="Fusion preset", choices=names_of(store), value="", elem_id=elem_id("preset"),
+            tooltip="Settings kept under a name. To save your own, type a new name and press save.",
+        )  # fmt: skip
+        chosen.do_not_save_to_config = True
+        apply = tool("✔️", "Apply this preset", elem_id("preset_apply"))
+        save = tool("💾", "Save the settings above under this name", elem_id("preset_save"))
+        delete = tool("🗑️", "Delete this preset", elem_id("preset_delete"))
+        refresh = tool("🔄", "Refresh the list", elem_id("preset_refresh"))
+    told = gr.HTML(elem_id=elem_id("preset_told"), elem_classes=["denoiser-fusion-told"])
+
+    def on_apply(name: str) -> list[Any]:
+        try:
+            values = request.dict_to_panel(store.get(name))
+        except FusionError as error:
+            return [gr.update() for _ in inputs] + [str(error)]
+        return [gr.update() if value is None else gr.update(value=value) for value in values] + [f"Applied: {name}"]
+
+    def on_save(name: str, *values: Any) -> list[Any]:
+        settings = request.panel_to_dict([True, *values])
+        del settings["enabled"], settings["compare"]
+        return act(lambda: store.save(name, settings), f"Saved: {name}")
+
+    def act(do: Callable[[], None], done: str) -> list[Any]:
+        try:
+            do()
+        except FusionError as error:
+            done = str(error)
+        return [gr.update(choices=names_of(store)), done]
+
+    apply.click(on_apply, inputs=[chosen], outputs=[*inputs, told], **AT_ONCE)
+    save.click(on_save, inputs=[chosen, *inputs], outputs=[chosen, told], **AT_ONCE)
+    delete.click(lambda name: act(lambda: store.delete(name), f"Deleted: {name}"), inputs=[chosen],
+                 outputs=[chosen, told], **AT_ONCE)  # fmt: skip
+    refresh.click(lambda: act(lambda: None, ""), outputs=[chosen, told], **AT_ONCE)
+
+
+def build_foot(elem_id: Callable[[str], str]) -> Any:
+    """How much the kept experts take, a button that frees it, and one that compares.
+
+    Returned is the comparison's switch, which the page sets for one press of *Generate*.
+    """
+    with gr.Row(elem_classes=["denoiser-fusion-row", "denoiser-fusion-memory"]):
+        shown = gr.HTML(runtime.describe_memory(), elem_id=elem_id("memory"), elem_classes=["denoiser-fusion-told"])
+        look = tool("🔄", "Show the memory in use", elem_id("memory_refresh"))
+        gr.Button("Compare", size="sm", elem_id=elem_id("compare_button"), tooltip=COMPARE.help)
+        compare = gr.Checkbox(label="Compare", value=False, elem_id=elem_id(COMPARE.key),
+                              elem_classes=["denoiser-fusion-hidden"])  # fmt: skip
+        compare.do_not_save_to_config = True
+        free = gr.Button("Free memory", size="sm", elem_id=elem_id("free"),
+                         tooltip="Unload the experts; the next generation loads what it needs again.")  # fmt: skip
+
+    def on_free() -> str:
+        runtime.free()
+        return runtime.describe_memory()
+
+    look.click(runtime.describe_memory, outputs=[shown], **AT_ONCE)
+    free.click(call_queue.wrap_queued_call(on_free), outputs=[shown], **AT_ONCE)
+    return compare
+
+
+def make_controls(field: Field, elem_id: Callable[[str], str]) -> list[Any]:
+    """The control of one row; two for a window."""
+    row, label = field.row, field.label
+    common = {"elem_id": elem_id(field.element), "tooltip": row.help}
+    if field.element in SHOWN_WITH:
+        control, choices = SHOWN_WITH[field.element]
+        common["elem_classes"] = shown_with(control, *choices)
+    value = infotext.panel_default(field)
+    if row.key == "checkpoint":
+        return [gr.Dropdown(label=label, choices=list_choices(), value=value, **common)]
+    if row.key == "afa_aggregator":
+        return [gr.Dropdown(label=label, choices=["", *aggregators.list_aggregators()], value=value, **common)]
+    if row.kind == "bool":
+        return [gr.Checkbox(label=label, value=value, **common)]
+    if row.kind == "choice":
+        choices = list(request.allowed_choices(row))
+        if len(choices) > MOST_BUTTONS:
+            return [gr.Dropdown(label=label, choices=choices, value=value, **common)]
+        return [gr.Radio(label=label, choices=choices, value=value, **common)]
+    if row.kind == "text":
+        return [gr.Textbox(label=label, value=value, lines=2, placeholder="Empty: the picture's", **common)]
+    if row.kind == "window":
+        return [
+            gr.Slider(row.low, row.high, value=part, step=1, label=f"{label} {name}",
+                      elem_id=elem_id(f"{field.element}_{name}"), tooltip=row.help)
+            for part, name in zip(value, ("start", "end"))
+        ]  # fmt: skip
+    if row.step and (row.high - row.low) / row.step <= MOST_STOPS:
+        return [gr.Slider(row.low, row.high, value=value, step=row.step, label=label, **common)]
+    return [gr.Number(value=value, label=label, minimum=row.low, maximum=row.high, **common)]
+
+
+def shown_with(control: str, *choices: str) -> list[str]:
+    """Classes of what the page is to show only where a control has one of these choices."""
+    return ["denoiser-fusion-with", *(f"denoiser-fusion-{control}-{choice.lower()}" for choice in choices)]
+
+
+@dataclass(frozen=True)
+class Paste:
+    """Reads a control's value out of parsed infotext; None leaves it as it is. Without a field: the panel's switch.
+
+    The host also pairs controls of two tabs by it (*Send to*), where it looks for equal ones.
+    """
+
+    field: Field | None = None
+    part: int = 0
+
+    def __call__(self, entries: dict[str, Any]) -> Any:
+        if "lib_free_u" not in sys.modules:  # where that extension is there, it takes its entries itself
+            entries = infotext.adopt_freeu(entries)
+        if self.field is None:
+            return infotext.is_fused(entries) if shared.opts.data.get(PASTE_OPTION, True) else None
+        value = infotext.read_infotext(entries, self.field)
+        if self.field.row.key == "checkpoint" and value:
+            info = sd_models.checkpoint_aliases.get(value)
+            return info.name if info else value
+        return value[self.part] if self.field.width == 2 and value is not None else value
+
+
+def list_choices() -> list[str]:
+    return [infotext.NO_CHECKPOINT[1], *experts.list_checkpoints()]
+
+
+def names_of(store: presets.Presets) -> list[str]:
+    """The presets' names; a broken file must not keep the panel from being built."""
+    try:
+        return store.names()
+    except FusionError:
+        return list(presets.SHIPPED)
+
+
+def tool(sign: str, tooltip: str, element: str) -> Any:
+    return ui_components.ToolButton(value=sign, elem_id=element, tooltip=tooltip)
+
+
+def add_options() -> None:
+    """The settings page: how many experts are kept, and where; what pasting does; the previews."""
+    section = ("denoiser_fusion", "Denoiser Fusion")
+    cache = shared.OptionInfo(
+        1, "Experts kept in memory between generations", gr.Slider, {"minimum": 0, "maximum": 8, "step": 1},
+        section=section,
+    ).info("those of the running generation are always kept")  # fmt: skip
+    place = shared.OptionInfo(
+        PLACES[0], "Where an expert waits", gr.Radio, {"choices": list(PLACES)}, section=section
+    ).info("RAM spares GPU memory and costs time")
+    paste = shared.OptionInfo(
+        True, "Pasting a fused picture's settings switches the panel on", gr.Checkbox, section=section
+    ).info("and those of a picture made without fusion switch it off")
+    shared.opts.add_option("denoiser_fusion_cache", cache)
+    shared.opts.add_option("denoiser_fusion_place", place)
+    shared.opts.add_option(PASTE_OPTION, paste)
+    for row in (*PREVIEW_PARAMETERS, *MAP_PARAMETERS):
+        option = shared.OptionInfo(row.default, row.label, section=section).info(row.help)
+        shared.opts.add_option(PREVIEW_OPTION + row.key, option)

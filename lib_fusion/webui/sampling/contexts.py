@@ -1,0 +1,182 @@
+"""Which rows a U-Net call holds. Pure tensor code.
+
+One denoising step of the host is a table of rows: the conditional ones image by image (each image's AND parts in
+order), then one unconditional row per image. The host computes it in one or several calls that take the rows in order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from lib_fusion.webui.models.conditioning import Told
+
+#: The first token of a context that ControlNet has marked: all of it +-1024.
+MARKER = 1024.0
+
+
+@dataclass
+class Rows:
+    """The table of one step. ``weights``: for each image the weights of its AND parts."""
+
+    weights: Sequence[Sequence[float]]
+    cursor: int = 0
+    raw: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def num_cond(self) -> int:
+        return sum(len(parts) for parts in self.weights)
+
+    @property
+    def num_all(self) -> int:
+        return self.num_cond + len(self.weights)
+
+    def owners(self, device: torch.device) -> torch.Tensor:
+        """The image of each row, int64 (num_all,)."""
+        cond = [i for i, parts in enumerate(self.weights) for _ in parts]
+        return torch.tensor([*cond, *range(len(self.weights))], device=device)
+
+    def first_rows(self) -> list[int]:
+        """Each image's first conditional row."""
+        starts, row = [], 0
+        for parts in self.weights:
+            starts.append(row)
+            row += len(parts)
+        return starts
+
+    def combine(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Conditional and unconditional noise (B,C,H,W) of the images; AND parts are added as the host does."""
+        uncond = rows[self.num_cond :]
+        if all(list(parts) == [1.0] for parts in self.weights):
+            return rows[: self.num_cond], uncond
+        cond = []
+        for i, (start, parts) in enumerate(zip(self.first_rows(), self.weights)):
+            cond.append(uncond[i] + sum(w * (rows[start + j] - uncond[i]) for j, w in enumerate(parts)))
+        return torch.stack(cond), uncond
+
+
+def change_prediction(raw: torch.Tensor, x: torch.Tensor, alpha: float, wanted: str) -> torch.Tensor:
+    """A U-Net's output (R,C,H,W) for its input ``x`` (R,C,H,W) as one of the other prediction would have said it.
+
+    ``wanted`` is ``epsilon`` where ``raw`` is v, ``v`` where it is the noise; ``alpha`` in 0..1 is the cumulated alpha
+    of the input's noise level. By ``noise = sqrt(alpha) v + sqrt(1 - alpha) x``, in float32.
+    """
+    a, b = math.sqrt(alpha), math.sqrt(1 - alpha)
+    raw, x = raw.float(), x.float()
+    return a * raw + b * x if wanted == "epsilon" else (raw - b * x) / a
+
+
+def weights_of(cond: Any) -> list[list[float]]:
+    """For each image the weights of its AND parts, from the host's composed conditioning."""
+    return [[part.weight for part in image] for image in cond.batch]
+
+
+class Context:
+    """An expert's text states (or the host's dict of them) for any run of rows of a step."""
+
+    def __init__(self, told: Told, parser: Any) -> None:
+        self.told, self.parser = told, parser
+
+    def at(self, step: int) -> tuple[Any, Any]:
+        """Conditional and unconditional states at a step, as the host reconstructs its own."""
+        _, cond = self.parser.reconstruct_multicond_batch(self.told.cond, step)
+        return cond, self.parser.reconstruct_cond_batch(self.told.uncond, step)
+
+    def slice(self, step: int, chosen: Sequence[int], pad: bool, v0: bool) -> Any:
+        """The states of the rows ``chosen``, ascending. Both halves get one length where a call mixes them or it pads.
+
+        ``v0``: by the host's older rule. Anywhere else padding would change the picture.
+        """
+        cond, uncond = self.at(step)
+        num_cond = tokens(cond).shape[0]
+        first = [row for row in chosen if row < num_cond]
+        second = [row - num_cond for row in chosen if row >= num_cond]
+        if tokens(cond).shape[1] != tokens(uncond).shape[1] and (pad or (first and second)):
+            cond, uncond = equalize(cond, uncond, self.told.empty, v0)
+        if not second:
+            return take(cond, first)
+        if not first:
+            return take(uncond, second)
+        return join(take(cond, first), take(uncond, second))
+
+
+def tokens(states: Any) -> torch.Tensor:
+    return states["crossattn"] if isinstance(states, dict) else states
+
+
+def take(states: Any, rows: list[int]) -> Any:
+    if isinstance(states, dict):
+        return {key: value[rows] for key, value in states.items()}
+    return states[rows]
+
+
+def join(first: Any, second: Any) -> Any:
+    if isinstance(first, dict):
+        return {key: torch.cat([first[key], second[key]]) for key in first}
+    return torch.cat([first, second])
+
+
+def equalize(cond: Any, uncond: Any, empty: torch.Tensor, v0: bool) -> tuple[Any, Any]:
+    """Both halves with one number of tokens, by the host's rules: chunks of the empty prompt, or its older one (v0).
+
+    v0 repeats the unconditional half's last token, or cuts that half.
+    """
+    wanted, has = tokens(cond).shape[1], tokens(uncond).shape[1]
+    if v0:
+        short = tokens(uncond)
+        longer = torch.cat([short, short[:, -1:].repeat(1, max(wanted - has, 0), 1)], dim=1)
+        return cond, _with_tokens(uncond, longer[:, :wanted])
+
+    def pad(states: Any, missing: int) -> Any:
+        chunks = empty.to(tokens(states)).repeat(tokens(states).shape[0], missing // empty.shape[1], 1)
+        return _with_tokens(states, torch.cat([tokens(states), chunks], dim=1))
+
+    return (pad(cond, has - wanted), uncond) if has > wanted else (cond, pad(uncond, wanted - has))
+
+
+def put_context(cond: dict[str, Any], states: Any) -> dict[str, Any]:
+    """The host's conditioning of one call with other text states in it."""
+    if isinstance(states, dict):
+        return {**cond, **states}
+    return {**cond, "c_crossattn": [states]}
+
+
+def strip_marker(cond: dict[str, Any]) -> dict[str, Any]:
+    """The host's conditioning of one call without the token by which ControlNet tells the halves apart.
+
+    Its own U-Net forward takes the token off; an expert does not run that forward.
+    """
+    key = "crossattn" if "crossattn" in cond else "c_crossattn"
+    states = tokens_of(cond)
+    if states.shape[1] > 1 and bool((states[:, 0].abs() == MARKER).all()):
+        return {**cond, key: states[:, 1:] if key == "crossattn" else [states[:, 1:]]}
+    return cond
+
+
+def tokens_of(cond: dict[str, Any]) -> torch.Tensor:
+    """The text states (R,T,D) in the host's conditioning of one call."""
+    return cond["crossattn"] if "crossattn" in cond else cond["c_crossattn"][0]
+
+
+def vector_of(cond: dict[str, Any]) -> torch.Tensor | None:
+    """SDXL's vector (R,V) in the host's conditioning of one call."""
+    return cond.get("vector")
+
+
+def pad_alike(states: Sequence[torch.Tensor], empties: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """States (R,T,D) of one length, filled up as the host does: with chunks of each model's empty prompt (1,T,D)."""
+    longest = max(value.shape[1] for value in states)
+    result = []
+    for value, empty in zip(states, empties):
+        chunks = empty.to(value).repeat(value.shape[0], (longest - value.shape[1]) // empty.shape[1], 1)
+        result.append(torch.cat([value, chunks], dim=1))
+    return result
+
+
+def _with_tokens(states: Any, value: torch.Tensor) -> Any:
+    return {**states, "crossattn": value} if isinstance(states, dict) else value

@@ -1,0 +1,122 @@
+"""One sampling pass from before its first step to its record: checked, loaded, attached, run, and taken off."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from modules import prompt_parser
+from torch import nn
+
+from lib_fusion.errors import FusionError, SettingError, is_out_of_memory
+from lib_fusion.fusion.session import FusionSession
+from lib_fusion.requests.settings import FusionSettings
+from lib_fusion.webui.models.experts import Expert, check_base, find_checkpoint
+from lib_fusion.webui.refusal import RequestRefusedError
+from lib_fusion.webui.sampling.contexts import Context, weights_of
+from lib_fusion.webui.sampling.hooked_pass import FusionPass
+
+OUT_OF_MEMORY = ("Denoiser Fusion: the models do not fit into memory together, so the experts have been unloaded; "
+                 "Settings > Denoiser Fusion lets experts wait in RAM")  # fmt: skip
+
+
+def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample: Callable[[], Any]) -> tuple[Any, dict]:
+    """Runs a sampler's launch with the experts on; returns its samples and the record of the pass.
+
+    Everything that can be refused is refused before the first step, with RequestRefusedError, which nothing swallows.
+    """
+    began = time.perf_counter()
+    try:
+        fusion = runtime.current = prepare(runtime, p, settings, sampler)
+        try:
+            fusion.attach()
+            with told_levels(sampler, fusion.session, fusion.begin_skipping):
+                samples = sample()
+            if fusion.error is not None:
+                raise fusion.error
+            fusion.check()
+        finally:
+            fusion.detach()
+            runtime.current = None  # not before: what could not be taken off is taken off at the next start
+    except FusionError as error:
+        raise RequestRefusedError(str(error)) from error
+    except Exception as error:
+        runtime.free()  # whatever it was, the next picture has all memory, and loads anew what it needs
+        if is_out_of_memory(error):
+            raise RequestRefusedError(f"{OUT_OF_MEMORY} ({error})", status_code=500) from error
+        raise
+    seconds = time.perf_counter() - began
+    done = fusion.session
+    record = {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "records": done.records}
+    return samples, {**record, "rows": done.rows, "skipped_rows": done.skipped_rows}
+
+
+def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> FusionPass:
+    """Checks, loads and encodes what a pass needs; raises SettingError or CheckpointError."""
+    if settings.passes == "hires" and not getattr(p, "enable_hr", False):
+        raise SettingError("passes", "hires", "allowed without hires fix: both, first")
+    if settings.may_skip and settings.skip_passes == "hires" and not getattr(p, "enable_hr", False):
+        raise SettingError("skip_passes", "hires", "allowed without hires fix: both, first")
+    infos = [find_checkpoint(e.checkpoint, f"experts[{i}].checkpoint") for i, e in enumerate(settings.experts)]
+    weights = weights_of(sampler.sampler_extra_args["cond"])
+
+    def equip(sd_model: nn.Module) -> tuple[list[Expert], list[Context | None]]:
+        check_base(sd_model)
+        experts = runtime.experts.acquire(infos, list(settings.experts), sd_model, settings.method == "AFA")
+        contexts: list[Context | None] = []
+        for i, (loaded, expert) in enumerate(zip(experts, settings.experts)):
+            told = runtime.texts.tell(p, loaded, expert, f"experts[{i}]")
+            if told is not None and weights_of(told.cond) != weights:
+                parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {weights_of(told.cond)[0]}"
+                raise SettingError(f"experts[{i}].prompt", expert.prompt,
+                                   f"{parts}; allowed: the same parts and weights")  # fmt: skip
+            contexts.append(None if told is None else Context(told, prompt_parser))
+        return experts, contexts
+
+    is_hires = bool(getattr(p, "is_hr_pass", False))
+    return FusionPass(settings, equip, sampler, p.sd_model, runtime.aggregators, is_hires)
+
+
+@contextmanager
+def told_levels(
+    sampler: Any, session: FusionSession, wrap_callback: Callable[[Any, Mapping[str, Any]], Any] | None = None
+) -> Iterator[None]:
+    """Tells the session the pass's noise levels, which the host hands to its sampling function and to nobody else.
+
+    For FreeU's schedule and for skipping. Counters would not do: with second-order samplers, hires fix or adaptive
+    steps they count something else than steps.
+    """
+    if not session.freeu and session.skips is None:
+        yield
+        return
+    function = sampler.func
+
+    def func(*args: Any, **kwargs: Any) -> Any:
+        session.begin(levels_of(kwargs, sampler.model_wrap_cfg.steps))
+        if session.skips is not None:
+            kwargs["callback"] = wrap_callback(function, kwargs)
+        return function(*args, **kwargs)
+
+    sampler.func = func
+    try:
+        yield
+    finally:
+        sampler.func = function
+
+
+def levels_of(arguments: Mapping[str, Any], steps: int) -> list[float]:
+    """The noise levels of a pass, from the arguments of the host's sampling function: its sigmas, or its timesteps.
+
+    Those are ascending, and the last one is where the pass ends. Where there is neither, as for DPM fast and adaptive,
+    it goes from one sigma to another in steps that are even in the logarithm.
+    """
+    sigmas = arguments.get("sigmas", arguments.get("sigma_sched"))
+    if sigmas is not None:
+        return sigmas.tolist()
+    if "timesteps" in arguments:
+        return arguments["timesteps"].flip(0).tolist()
+    first, last = (math.log(float(arguments[f"sigma_{end}"])) for end in ("max", "min"))
+    return [math.exp(first + (last - first) * i / steps) for i in range(steps + 1)]

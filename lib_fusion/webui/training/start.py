@@ -1,0 +1,142 @@
+"""Trainings in the host: what is asked for is checked before anything starts, and becomes a job of commands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modules import devices, paths, sd_models_config, shared
+from omegaconf import OmegaConf
+
+from lib_fusion.errors import CheckpointError, FusionError, SettingError
+from lib_fusion.requests.settings import MAX_EXPERTS, Parameter, read_rows
+from lib_fusion.training.captioned import Captioned, read_pictures
+from lib_fusion.training.jobs import CACHE, EVALUATION, HELD_OUT, Job, Jobs
+from lib_fusion.training.options import (
+    CACHE_PARAMETERS,
+    EVALUATION_PARAMETERS,
+    TRAINING_PARAMETERS,
+    TrainingSettings,
+)
+from lib_fusion.training.train import check_settings
+from lib_fusion.unet.checkpoint import VAE_PREFIX, Checkpoint
+from lib_fusion.webui.models import aggregators
+from lib_fusion.webui.models.experts import find_checkpoint, guess_config, prediction_of_config
+from lib_fusion.webui.runtime import runtime
+
+#: Kinds of checkpoints that can be trained with.
+KINDS = ("sd1", "sd2", "sdxl")
+#: The host's own packages that its encoders are of (``ldm``, ``sgm``), as its ``paths`` names them.
+PACKAGES = ("Stable Diffusion", "Stable Diffusion XL")
+
+
+def jobs() -> Jobs:
+    """All trainings, in a folder beside the aggregator files."""
+    return Jobs(aggregators.folder() / aggregators.TRAINING)
+
+
+def start(values: Mapping[str, Any]) -> Job:
+    """Starts what the tab's form asks for, or goes on with it; raises FusionError before anything is done."""
+    if shared.cmd_opts.hide_ui_dir_config:
+        raise FusionError("the WebUI was launched with --hide-ui-dir-config, so no folders can be trained on")
+    store = jobs()
+    job = make_job(values, store)
+    store.check(job)
+    if runtime.current is None:  # else a picture is being made with what would be freed
+        runtime.free()
+    store.start(job)
+    return job
+
+
+def make_job(values: Mapping[str, Any], store: Jobs) -> Job:
+    """The commands for checked values; raises SettingError naming the field."""
+    name = str(values["name"] or "").strip()
+    folder = store.of(name)
+    cache_rows = read_rows(CACHE_PARAMETERS, {row.key: values[row.key] for row in CACHE_PARAMETERS})
+    rows = read_rows(TRAINING_PARAMETERS, {row.key: values[row.key] for row in TRAINING_PARAMETERS})
+    check_settings(TrainingSettings(**rows))
+    device = str(devices.device)
+    if rows["precision"] == "float16" and device == "cpu":
+        raise SettingError("precision", "float16", "allowed on the CPU: float32, bfloat16")
+    source = check_pictures("source", values["source"])
+    held_out = check_pictures("held_out", values["held_out"]) if str(values["held_out"] or "").strip() else ""
+    files, configs = check_models(values["models"] or [])
+
+    models = [part for file in files for part in ("--model", file)]
+    common = [*models, "--device", device]
+    cache, out = str(folder / CACHE), str(folder / f"{name}.safetensors")
+    encode = [*flags(CACHE_PARAMETERS, cache_rows), *common]
+    commands = [["cache", "--source", source, "--cache", cache, *encode]]
+    if held_out:
+        commands.append(["cache", "--source", held_out, "--cache", str(folder / HELD_OUT), *encode])
+    commands += [
+        ["train", "--cache", cache, "--out", out, *flags(TRAINING_PARAMETERS, rows), *common],
+        ["evaluate", "--cache", str(folder / HELD_OUT) if held_out else cache, "--aggregator", out,
+         "--out", str(folder / EVALUATION), *flags(EVALUATION_PARAMETERS, rows), *common],
+    ]  # fmt: skip
+    asked = {"source": source, "held_out": held_out, "models": list(values["models"]), **cache_rows, **rows}
+    target = str(aggregators.folder() / f"{name}.safetensors")
+    return Job(name, asked, commands, configs, [paths.paths[key] for key in PACKAGES if key in paths.paths], target)
+
+
+def flags(rows: Sequence[Parameter], values: Mapping[str, Any]) -> list[str]:
+    return [part for row in rows for part in (row.flag, row.show(values[row.key]))]
+
+
+def check_pictures(field: str, given: Any) -> str:
+    """The full path of a folder or tar that holds a captioned picture; raises SettingError."""
+    text = str(given or "").strip().strip('"')
+    if not text:
+        raise SettingError(field, text, "allowed: a folder of captioned pictures, or a webdataset .tar")
+    path = Path(text).expanduser().resolve()
+    try:
+        usable = any(isinstance(picture, Captioned) for picture in read_pictures(path))
+    except (FusionError, OSError, ValueError) as error:
+        raise SettingError(field, text, str(error)) from error
+    if not usable:
+        raise SettingError(field, text, "no captioned picture can be read there")
+    return str(path)
+
+
+def check_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Files and configurations of the checkpoints of an ensemble, base first; raises SettingError."""
+    if not 2 <= len(names) <= MAX_EXPERTS + 1:
+        told = f"allowed: 2 to {MAX_EXPERTS + 1} checkpoints, the base first"
+        raise SettingError("models", list(names), told)
+    infos = [find_checkpoint(name, "models") for name in names]
+    try:
+        files = [Checkpoint.open(info.filename) for info in infos]
+        kinds = [file.kind for file in files]
+    except CheckpointError as error:
+        raise SettingError("models", list(names), str(error)) from error
+    configs = []
+    for info, file, kind in zip(infos, files, kinds):
+        if kind not in KINDS:
+            raise SettingError("models", info.name, f"it is {kind}; allowed: {', '.join(KINDS)}")
+        differ = [key for key, shape in files[0].unet_shapes.items() if file.unet_shapes.get(key) != shape]
+        if kind != kinds[0] or differ:
+            told = f"its U-Net is of another kind or size than that of {infos[0].name}"
+            raise SettingError("models", info.name, f"{told}; allowed: checkpoints of one architecture")
+        if file.unet_shapes["input_blocks.0.0.weight"][1] != file.latent_channels:
+            raise SettingError("models", info.name, "it is for inpainting or editing; allowed: ordinary checkpoints")
+        for prefix, part in ((file.text_prefix, "text encoder"), *([(VAE_PREFIX, "VAE")] if file is files[0] else [])):
+            if not any(key.startswith(prefix) for key in file.shapes):
+                raise SettingError("models", info.name, f"no {part} ({prefix}*) in it")
+        near = sd_models_config.find_checkpoint_config_near_filename(info)
+        configs.append(near or guess_config(info.filename, info))
+        check_prediction(info, file, configs[-1])
+    if len({info.filename for info in infos}) < len(infos):
+        raise SettingError("models", list(names), "one of them is there twice; allowed: different checkpoints")
+    if len({file.prediction for file in files}) > 1:
+        told = ", ".join(f"{info.name} {file.prediction}" for info, file in zip(infos, files))
+        raise SettingError("models", list(names), f"they predict different things ({told})")
+    return [info.filename for info in infos], configs
+
+
+def check_prediction(info: Any, file: Checkpoint, config: str) -> None:
+    """Refuses a file that the host finds to predict something else than it, or a .yaml beside it, says."""
+    found = prediction_of_config(OmegaConf.load(config))
+    if found != file.prediction:
+        told = f"it predicts {found}, which neither it nor a .yaml beside it says; allowed: with such a .yaml"
+        raise SettingError("models", info.name, told)

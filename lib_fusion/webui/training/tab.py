@@ -1,0 +1,179 @@
+"""The tab "Fusion training": a form built from the table, Start and Stop, and how the training is doing."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import gradio as gr
+
+# Modules, not names from them: a UI reload makes the host's UI classes anew.
+from modules import sd_models, ui_common, ui_components
+
+from lib_fusion.errors import FusionError
+from lib_fusion.requests.settings import Parameter
+from lib_fusion.training import view as training_view
+from lib_fusion.training.jobs import EVALUATION
+from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
+from lib_fusion.webui.models import experts
+from lib_fusion.webui.panel.panel import AT_ONCE
+from lib_fusion.webui.training.start import start as training
+
+TITLE, IDENTITY = "Fusion training", "denoiser_fusion_training"
+#: Rows in full view; the others are folded away.
+MAIN = ("resolution", "steps", "batch_size", "learning_rate", "precision")
+ROWS = (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)
+#: What the form has beside the rows.
+FIELDS = ("source", "held_out", "models")
+TOLD = (
+    "A training runs in a process of its own, beside the WebUI: pages may be closed and the WebUI restarted. It needs "
+    "the GPU's memory for all its models; the loaded checkpoint stays there too, unless Settings > Actions > "
+    "<i>Unload SD checkpoint to RAM</i> is pressed. What is done is kept in "
+    "<code>models/denoiser-fusion/training</code>; a folder there that is not needed any more can be deleted."
+)
+
+
+def build() -> list[tuple[Any, str, str]]:
+    """The tab, as the host's callback wants it; all state is on disk."""
+    with gr.Blocks(analytics_enabled=False) as tab, gr.Row():
+        with gr.Column(variant="compact", elem_classes=["denoiser-fusion"]):
+            name, controls = build_form()
+            with gr.Row():
+                start = gr.Button(
+                    "Start", variant="primary", elem_id=element("start"),
+                    tooltip="Encode the pictures, train, evaluate; or go on where it was stopped.",
+                )  # fmt: skip
+                stop = gr.Button(
+                    "Stop", elem_id=element("stop"), tooltip="What is saved stays; Start goes on from there."
+                )
+            told = gr.HTML(elem_id=element("told"), elem_classes=["denoiser-fusion-told"])
+            gr.HTML(TOLD, elem_classes=["denoiser-fusion-told"])
+        with gr.Column(variant="compact", elem_classes=["denoiser-fusion"]):
+            shown = build_view()
+            look = gr.Button("Look", elem_id=element("look"), elem_classes=["denoiser-fusion-hidden"])
+            enter = gr.Button("Enter", elem_id=element("enter"), elem_classes=["denoiser-fusion-hidden"])
+
+        buttons = {"start": start, "stop": stop, "look": look, "enter": enter}
+        connect(buttons, name, controls, told, shown)
+    return [(tab, TITLE, IDENTITY)]
+
+
+def connect(buttons: dict[str, Any], name: Any, controls: list[Any], told: Any, shown: list[Any]) -> None:
+    """What the buttons do; the page presses *look* and *enter* by itself."""
+
+    def on_start(chosen: str, *values: Any) -> list[Any]:
+        try:
+            job = training.start({"name": chosen, **dict(zip((*FIELDS, *(row.key for row in ROWS)), values))})
+        except FusionError as error:
+            return [gr.update(), html.escape(str(error)), *view(chosen)]
+        return [gr.update(value=job.name, choices=training.jobs().names()), f"Started: {html.escape(job.name)}",
+                *view(job.name)]  # fmt: skip
+
+    def on_stop(chosen: str) -> list[Any]:
+        store = training.jobs()
+        running = store.running()
+        done = running is not None and store.stop(running)
+        return [f"Stopped: {html.escape(running)}" if done else "Nothing is being trained.", *view(chosen)]
+
+    def on_enter() -> list[Any]:
+        """For a page that has just been opened: the training that runs, or else the last."""
+        store = training.jobs()
+        names = store.names()
+        chosen = store.running() or (names[0] if names else "")
+        return [gr.update(value=chosen, choices=names), *form(chosen), *view(chosen)]
+
+    buttons["start"].click(on_start, inputs=[name, *controls], outputs=[name, told, *shown], **AT_ONCE)
+    buttons["stop"].click(on_stop, inputs=[name], outputs=[told, *shown], **AT_ONCE)
+    buttons["look"].click(view, inputs=[name], outputs=shown, **AT_ONCE)
+    buttons["enter"].click(on_enter, outputs=[name, *controls, *shown], **AT_ONCE)
+    name.input(lambda chosen: [*form(chosen), *view(chosen)], inputs=[name], outputs=[*controls, *shown], **AT_ONCE)
+
+
+def build_form() -> tuple[Any, list[Any]]:
+    """The name, and the controls in the order of FIELDS and ROWS."""
+    name = ui_components.DropdownEditable(
+        label="Name of the aggregator", choices=training.jobs().names(), value="", elem_id=element("name"),
+        tooltip="Of the file in models/denoiser-fusion. Choose an earlier training to see it or to go on with it.",
+    )  # fmt: skip
+    name.do_not_save_to_config = True
+    source = gr.Textbox(
+        label="Folder of captioned pictures", elem_id=element("source"),
+        placeholder="With metadata.jsonl, or a .txt beside each picture; or a webdataset .tar",
+    )  # fmt: skip
+    held_out = gr.Textbox(
+        label="Folder of held-out pictures", elem_id=element("held_out"),
+        placeholder="Of the same form, for an honest evaluation; may be empty",
+    )  # fmt: skip
+    with gr.Row(elem_classes=["denoiser-fusion-row"]):
+        models = gr.Dropdown(
+            label="Models, the base first", choices=experts.list_checkpoints(), value=[], multiselect=True,
+            elem_id=element("models"), tooltip="In the order in which they will be used: the base, then its experts.",
+        )  # fmt: skip
+        models.do_not_save_to_config = True
+        ui_common.create_refresh_button(
+            models, sd_models.list_models, lambda: {"choices": experts.list_checkpoints()}, element("models_refresh")
+        )
+    with gr.Row(elem_classes=["denoiser-fusion-narrow"]):
+        controls = {row.key: make_control(row) for row in ROWS if row.key in MAIN}
+    with gr.Accordion("More settings", open=False, elem_id=element("more")):
+        rest = [row for row in ROWS if row.key not in MAIN]
+        for i in range(0, len(rest), 4):
+            with gr.Row(elem_classes=["denoiser-fusion-narrow"]):
+                controls |= {row.key: make_control(row) for row in rest[i : i + 4]}
+    return name, [source, held_out, models, *(controls[row.key] for row in ROWS)]
+
+
+def build_view() -> list[Any]:
+    """What ``view`` fills: state, losses, verdict and plot, tables, log."""
+    state = gr.HTML(elem_id=element("state"))
+    losses = gr.HTML(elem_id=element("losses"))
+    verdict = gr.HTML(elem_id=element("verdict"))
+    with gr.Accordion("Evaluation", open=False, elem_id=element("evaluation")):
+        tables = gr.Markdown(elem_id=element("tables"), elem_classes=["denoiser-fusion-tables"])
+    with gr.Accordion("Log", open=False, elem_id=element("log")):
+        log = gr.HTML(elem_classes=["denoiser-fusion-log"])
+    return [state, losses, verdict, tables, log]
+
+
+def view(name: str) -> list[Any]:
+    """How a training is doing."""
+    store = training.jobs()
+    running = store.running()
+    try:
+        status = store.status(name) if name else None
+    except FusionError:
+        status = None
+    if status is None:
+        return [training_view.status_html(None, running), "", "", "", ""]
+    job, folder = store.read(name), store.of(name) / EVALUATION
+    is_stale = status.phase == "running" and status.stage != "evaluate"
+    verdict = "" if is_stale else training_view.evaluation_html(folder, bool(job.values["held_out"]))
+    tables = training_view.evaluation_tables(folder) if verdict else ""
+    log = f"<pre>{html.escape(store.log(name))}</pre>"
+    return [training_view.status_html(status, running), training_view.loss_svg(status.rows), verdict, tables, log]
+
+
+def form(name: str) -> list[Any]:
+    """The form as it was filled for a training; left as it is where there is none of this name."""
+    try:
+        job = training.jobs().read(name) if name else None
+    except FusionError:
+        job = None
+    keys = (*FIELDS, *(row.key for row in ROWS))
+    if job is None:
+        return [gr.update() for _ in keys]
+    return [gr.update(value=job.values[key]) if key in job.values else gr.update() for key in keys]
+
+
+def make_control(row: Parameter) -> Any:
+    """The control of one row; the table checks its value when it is used."""
+    common = {"elem_id": element(row.key), "tooltip": row.help, "label": label_of(row)}
+    if row.kind == "bool":
+        return gr.Checkbox(value=row.default, **common)
+    if row.kind == "choice":
+        return gr.Dropdown(value=row.default, choices=list(row.choices), **common)
+    return gr.Number(value=row.default, **common)
+
+
+def element(name: str) -> str:
+    return f"{IDENTITY}_{name}"

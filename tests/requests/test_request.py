@@ -1,0 +1,213 @@
+"""Settings read from panel values, dicts and infotext, without a host."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_fusion.errors import SettingError
+from lib_fusion.requests import infotext, request
+from lib_fusion.requests.settings import EXPERT_PARAMETERS, PARAMETERS, FusionSettings
+
+FULL = {
+    "experts": [
+        {"checkpoint": "b.safetensors", "prompt": "a cat", "negative_prompt": "x", "text_encoder": "base",
+         "loras": True},
+        {"checkpoint": "c.safetensors"},
+    ],
+    "method": "Average", "snb_window": [900.0, 100.0], "snb_outside": "expert", "k_general": 2.0, "k_expert": 3.5,
+    "snb_saliency": "code", "snb_hold": 700.0, "passes": "first",
+}  # fmt: skip
+
+
+def to_panel(values: dict) -> list:
+    return [True, *request.dict_to_panel(values)]
+
+
+def test_panel_opens_off() -> None:
+    assert request.read_args(request.default_values()) is None
+    assert request.read_args([]) is None
+    assert request.read_args([None] * 5) is None
+
+
+def test_dict_and_panel_are_read_alike() -> None:
+    by_dict = request.read_args([FULL])
+    assert by_dict == FusionSettings.from_dict(FULL)
+    assert request.read_args(to_panel(FULL)) == by_dict
+    assert request.read_args([FULL, *request.default_values()[1:]]) == by_dict
+
+
+def test_every_row_has_a_control_and_a_schema_entry() -> None:
+    elements = [field.element for field in infotext.list_fields()]
+    assert len(elements) == len(set(elements))
+    labels = [field.label for field in infotext.list_fields()]
+    assert len(labels) == len(set(labels))
+    properties = request.write_schema()["properties"]
+    rows = {row.key for row in PARAMETERS if "panel" in row.where}
+    assert set(properties) == {"experts", "enabled", "compare"} | rows
+    assert set(properties["experts"]["items"]["properties"]) == {row.key for row in EXPERT_PARAMETERS}
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [({}, "experts"), ({"experts": [{"checkpoint": "None"}]}, "experts[0].checkpoint"), ({"x": 1}, "x"),
+     ({"experts": [{"checkpoint": "b"}], "method": "Mask"}, "method"), ({"enabled": 3}, "enabled"),
+     ({"experts": [{"checkpoint": "b"}] * 4}, "experts")],
+)  # fmt: skip
+def test_refused(values: dict, field: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        request.read_args([values])
+    assert caught.value.field == field
+
+
+def test_off_is_still_checked() -> None:
+    assert request.read_args([{"enabled": False}]) is None
+    with pytest.raises(SettingError):
+        request.read_args([{"enabled": False, "k_expert": "x"}])
+
+
+def parse_as_host(entries: dict[str, str]) -> dict[str, str]:
+    """The host's writing and reading of infotext entries (modules/infotext_utils.py), in short."""
+    texts = {k: json.dumps(v, ensure_ascii=False) if any(m in v for m in ",\n:") else v for k, v in entries.items()}
+    line = ", ".join(f"{key}: {text}" for key, text in texts.items())
+    result = {}
+    for key, text in re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', line):
+        value = json.loads(text) if text[:1] == '"' and text[-1:] == '"' else text
+        size = re.match(r"^(\d+)x(\d+)$", value)
+        result.update({f"{key}-1": size[1], f"{key}-2": size[2]} if size else {key: value})
+    return result
+
+
+def read_back(entries: dict) -> dict:
+    values: dict = {"experts": [{}, {}, {}]}
+    for field in infotext.list_fields():
+        target = values if field.expert is None else values["experts"][field.expert]
+        target[field.row.key] = infotext.read_infotext(entries, field)
+    values["experts"] = [e for e in values["experts"] if e["checkpoint"] not in infotext.NO_CHECKPOINT]
+    return values
+
+
+def test_infotext_round_trip() -> None:
+    settings = FusionSettings.from_dict(FULL)
+    entries = infotext.write_infotext(settings, ["b.safetensors", "c.safetensors"])
+    assert all(re.fullmatch(r"\w[\w \-/]+", key) for key in entries)
+    assert set(entries) <= set(infotext.infotext_keys())
+    assert FusionSettings.from_dict(read_back(parse_as_host(entries))) == settings
+
+
+@given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=20))
+def test_any_prompt_survives_infotext(prompt: str) -> None:
+    settings = FusionSettings.from_dict({"experts": [{"checkpoint": "b", "prompt": prompt}]})
+    entries = infotext.write_infotext(settings, ["b"])
+    if any(mark in prompt for mark in "\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"):
+        return  # the host parses line by line
+    read = read_back(parse_as_host(entries))
+    assert read["experts"][0]["prompt"] == prompt
+
+
+def test_plain_infotext_says_nothing() -> None:
+    assert all(infotext.read_infotext({"Steps": "4"}, field) is None for field in infotext.list_fields())
+    assert not infotext.is_fused({"Steps": "4"})
+
+
+def test_axes_of_a_plot() -> None:
+    both = request.put_axes({"enabled": False}, {"expert2_checkpoint": "c", "k_expert": "3", "snb_window": "900:100"})
+    assert FusionSettings.from_dict({k: v for k, v in both.items() if k != "enabled"}) == FusionSettings.from_dict(
+        {"experts": [{"checkpoint": "c"}], "k_expert": 3, "snb_window": [900, 100]}
+    )
+    assert request.read_args([False], {"expert1_checkpoint": "None"}) is None
+    assert request.read_args([FULL], {"expert1_checkpoint": "None"}).experts[0].checkpoint == "c.safetensors"
+
+
+FREEU = {"freeu": "Custom", "freeu_version": "1", "freeu_models": "experts", "freeu_b1": 1.3, "freeu_s3": 0.25,
+         "freeu_start": 0.25, "freeu_stop": 12.0, "freeu_smooth": 1.0, "freeu_cutoff2": 0.5}  # fmt: skip
+
+
+def test_freeu_needs_no_expert() -> None:
+    settings = request.read_args([FREEU])
+    assert settings == FusionSettings.from_dict(FREEU)
+    assert request.read_args(to_panel(FREEU)) == settings
+    entries = infotext.write_infotext(settings, [])
+    assert "Fusion method" not in entries
+    assert len(entries) == len(FREEU)
+    assert infotext.is_fused(entries)
+    assert FusionSettings.from_dict(read_back(parse_as_host(entries))) == settings
+
+
+def test_freeus_own_factors_count_where_they_are_chosen() -> None:
+    assert request.read_args(to_panel(FREEU | {"freeu": "Auto"})).freeu_b1 == 1  # the panel hides them
+    with pytest.raises(SettingError, match=r"freeu_b1: 1.3 is not allowed; allowed with freeu Auto: 1"):
+        request.read_args([FREEU | {"freeu": "Auto"}])
+
+
+def test_a_plot_over_freeu_switches_off_where_nothing_is_left() -> None:
+    assert request.read_args([False], {"freeu": "off"}) is None
+    assert request.read_args([False], {"freeu": "SDXL"}).freeu == "SDXL"
+    assert request.read_args([FULL], {"freeu": "Off"}) == FusionSettings.from_dict(FULL)
+    assert request.read_args([FREEU], {"expert1_checkpoint": "None"}) == FusionSettings.from_dict(FREEU)
+
+
+def adopted(**entries: str) -> dict:
+    read = infotext.adopt_freeu(entries)
+    fields = [field for field in infotext.list_fields() if field.expert is None]
+    values = {field.row.key: infotext.read_infotext(read, field) for field in fields}
+    return {k: v for k, v in values.items() if v != getattr(FusionSettings(), k)}
+
+
+def test_the_other_extensions_infotext() -> None:
+    stages = '[{"backbone_factor": 1.2, "skip_factor": 0.9, "skip_high_end_factor": 1.1}, {"backbone_offset": 0.5}]'
+    values = {"freeu": "Custom", "freeu_version": "1", "freeu_b1": 1.2, "freeu_s1": 0.9, "freeu_high1": 1.1,
+              "freeu_offset2": 0.5}  # fmt: skip
+    entries = {"Steps": "20", "FreeU Stages": stages, "FreeU Version": "1"}
+    assert adopted(**entries, **{"FreeU Schedule": "0.0, 1.0, 0.0"}) == values
+    assert adopted(**entries) == values
+    version = entries | {"FreeU Version": "2", "FreeU Schedule": "0.1, 0.75, 0.5"}
+    assert adopted(**version) == {
+        **{k: v for k, v in values.items() if k != "freeu_version"},
+        "freeu_start": 0.1, "freeu_stop": 0.75, "freeu_smooth": 0.5,
+    }  # fmt: skip
+    steps = adopted(**entries, **{"FreeU Schedule": "1, 12, 0.0"})  # whole numbers are steps, also the first
+    assert steps == values | {"freeu_start": 0.05, "freeu_stop": 12}
+
+
+@pytest.mark.parametrize("stages", ["", "{}", "[1]", '[{"nothing": 1}]', "no JSON"])
+def test_the_other_extensions_infotext_broken(stages: str) -> None:
+    entries = {"FreeU Stages": stages, "FreeU Schedule": "0.0"}
+    assert infotext.adopt_freeu(entries) is entries
+    assert not infotext.is_fused(entries)
+
+
+def test_a_plots_switch_and_the_ends_of_a_window() -> None:
+    assert request.read_args([FULL], {"enabled": "False"}) is None
+    assert request.read_args([FULL | {"enabled": False}], {"enabled": "True"}).k_expert == 3.5
+    assert request.read_args([FULL], {"snb_window_start": 800.0}).snb_window == (800, 100)
+    assert request.read_args([FULL], {"snb_window": "700:0", "snb_window_end": 50.0}).snb_window == (700, 50)
+    with pytest.raises(SettingError, match=r"snb_window: .* START >= END"):
+        request.read_args([FULL], {"snb_window_start": 50.0})
+
+
+def test_a_plots_preset_comes_before_its_other_axes() -> None:
+    preset = {"method": "Average", "snb_window": [900, 0], "snb_hold": 500.0}
+    settings = request.read_args([FULL], {"preset": preset, "snb_hold": 300.0})
+    assert (settings.method, settings.snb_window, settings.snb_hold) == ("Average", (900, 0), 300)
+    assert settings.experts == FusionSettings.from_dict(FULL).experts  # it names none
+    assert request.read_args([FULL], {"preset": {"experts": [{"checkpoint": "d"}]}}).experts[0].checkpoint == "d"
+
+
+def test_a_plot_over_freeu_leaves_ones_own_factors_to_their_cells() -> None:
+    values = FULL | FREEU
+    assert request.read_args([values], {"freeu": "Custom"}).freeu_b1 == 1.3
+    assert request.read_args([values], {"freeu": "Off"}).freeu_b1 == 1
+    assert request.read_args([values], {"preset": {"freeu": "Auto"}}).freeu_b1 == 1
+    with pytest.raises(SettingError, match=r"freeu_b1"):
+        request.read_args([FULL], {"freeu_b1": 1.3})
+
+
+@pytest.mark.parametrize("experts", ["animals", ["animals"], 5])
+def test_a_plot_over_malformed_experts_is_refused(experts: object) -> None:
+    with pytest.raises(SettingError, match=r"^experts"):
+        request.read_args([{"experts": experts}], {"k_expert": "3"})
