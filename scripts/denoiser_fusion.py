@@ -3,9 +3,9 @@
 from modules import script_callbacks, scripts
 
 from lib_fusion.webui import script
-from lib_fusion.webui.panel.panel import api, panel, xyz
+from lib_fusion.webui.panel import api, panel, xyz
 from lib_fusion.webui.runtime import runtime
-from lib_fusion.webui.training.start import tab as training_tab
+from lib_fusion.webui.training import tab as training_tab
 
 
 class DenoiserFusionScript(scripts.Script):

@@ -16,11 +16,11 @@ from lib_fusion.requests.request import read_args, values_of
 from lib_fusion.requests.settings import COMPARE, FusionSettings
 from lib_fusion.webui.models.aggregators import complete
 from lib_fusion.webui.models.experts import find_checkpoint
-from lib_fusion.webui.panel.panel import compare, gallery, xyz
+from lib_fusion.webui.panel import compare, gallery, xyz
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.runtime import runtime
-from lib_fusion.webui.sampling.hooked_pass import hooked_pass as sampling
-from lib_fusion.webui.sampling.hooked_pass import launch
+from lib_fusion.webui.sampling import hooked_pass as sampling
+from lib_fusion.webui.sampling import launch
 
 ATTRIBUTE = "_denoiser_fusion"
 #: On a request that is to be compared: what it was before the host changed it.

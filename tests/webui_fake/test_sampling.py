@@ -94,7 +94,7 @@ class Step:
 @pytest.fixture
 def sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
     fakes.install(monkeypatch)
-    from lib_fusion.webui.sampling.hooked_pass import hooked_pass as sampling
+    from lib_fusion.webui.sampling import hooked_pass as sampling
 
     return sampling
 

@@ -21,7 +21,7 @@ SIGMAS = [math.sqrt((1 - ALPHAS[t]) / ALPHAS[t]) for t in TIMESTEPS]
 @pytest.fixture
 def skipping(monkeypatch: pytest.MonkeyPatch) -> Any:
     fakes.install(monkeypatch)
-    from lib_fusion.webui.sampling.hooked_pass import correcting as skipping
+    from lib_fusion.webui.sampling import correcting as skipping
 
     return skipping
 

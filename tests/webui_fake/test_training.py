@@ -19,7 +19,7 @@ from tests.webui_fake import fakes
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     fakes.install(monkeypatch)
-    from lib_fusion.webui.training.start import start as training
+    from lib_fusion.webui.training import start as training
 
     def find(name: str, field: str) -> SimpleNamespace:
         return SimpleNamespace(name=name, filename=str(DEMO / name))

@@ -35,7 +35,7 @@ def plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> SimpleNamespace:
     monkeypatch.setattr(sys.modules["modules"], "scripts", scripts, raising=False)
     monkeypatch.setitem(sys.modules, "modules.scripts", scripts)
     monkeypatch.setattr(sys.modules["modules.paths"], "data_path", str(tmp_path), raising=False)
-    from lib_fusion.webui.panel.panel import xyz
+    from lib_fusion.webui.panel import xyz
 
     xyz.add_axes()
     xyz.add_axes()
@@ -72,7 +72,7 @@ def test_numbers_are_checked_and_ranges_left_to_the_host(plot: SimpleNamespace) 
 
 
 def test_a_cell_has_a_dict_of_its_own(plot: SimpleNamespace) -> None:
-    from lib_fusion.webui.panel.panel import xyz
+    from lib_fusion.webui.panel import xyz
 
     p = SimpleNamespace()
     option_of(plot, "K expert").apply(p, 0.1 + 0.2, [])
@@ -84,7 +84,7 @@ def test_a_cell_has_a_dict_of_its_own(plot: SimpleNamespace) -> None:
 
 def test_an_aggregator_gives_way_to_other_axes(plot: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     from lib_fusion.webui.models import aggregators
-    from lib_fusion.webui.panel.panel import xyz
+    from lib_fusion.webui.panel import xyz
 
     implied = {"method": "AFA", "expert1_checkpoint": "b"}
     monkeypatch.setattr(aggregators, "implied_by", lambda name: implied)

@@ -217,7 +217,7 @@ def train(values: str):
     from unittest import mock
 
     from lib_fusion.errors import FusionError
-    from lib_fusion.webui.training.start import start as training
+    from lib_fusion.webui.training import start as training
 
     with mock.patch.dict(os.environ, PYTHONPATH=f"{shared.data_path}/tiny-openclip"):
         try:

@@ -17,7 +17,7 @@ from lib_fusion.training.jobs import EVALUATION
 from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
 from lib_fusion.webui.models import experts
 from lib_fusion.webui.panel.panel import AT_ONCE
-from lib_fusion.webui.training.start import start as training
+from lib_fusion.webui.training import start as training
 
 TITLE, IDENTITY = "Fusion training", "denoiser_fusion_training"
 #: Rows in full view; the others are folded away.
