@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,28 +14,22 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from lib_fusion.engine.corrections import SamplerSteps
+from lib_fusion.engine.corrections import CorrectedSampler
 from lib_fusion.engine.loader import VAE_SCALE, DiffusionModel, check_checkpoint, load_model
 from lib_fusion.engine.samplers import make_scheduler
 from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.fusion.aggregator_files import load_for, model_of
-from lib_fusion.fusion.hooks import Hooks, attach_freeu
+from lib_fusion.fusion.hooks import attach_freeu
 from lib_fusion.fusion.lockstep import Lockstep, mean_context
 from lib_fusion.fusion.policies import join_records
 from lib_fusion.fusion.records import Keep, PictureRecords
-from lib_fusion.fusion.session import AGGREGATOR, FusionSession
+from lib_fusion.fusion.rows import Rows
+from lib_fusion.fusion.session import FusionSession
+from lib_fusion.fusion.step import Step
 from lib_fusion.methods import afa
 from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 from lib_fusion.unet.checkpoint import Checkpoint
 from lib_fusion.unet.layout import read_layout
-
-
-@dataclass
-class Conditioning:
-    """What one model is told: text states (B,T,D) with and without the prompt."""
-
-    cond: torch.Tensor
-    uncond: torch.Tensor
 
 
 @dataclass
@@ -133,6 +127,7 @@ class Engine:
         if fusion.snb_outside != "base" and not fusion.experts:
             raise SettingError("snb_outside", fusion.snb_outside, "allowed without an expert: base")
         self._check_afa(fusion)
+        self._load_aggregators(fusion)
         width = self.models[0].text.model.config.hidden_size
         for i, expert in enumerate(fusion.experts):
             needs = self.models[i + 1].unet.context_dim
@@ -141,35 +136,48 @@ class Engine:
                 raise SettingError(f"experts[{i}].text_encoder", "base", allowed)
 
     def _check_afa(self, fusion: FusionSettings) -> None:
-        """Loads the aggregators where they are asked for and not loaded yet; raises SettingError or CheckpointError."""
+        """Raises SettingError where AFA is asked for and these models can't do it."""
         if fusion.method != "AFA":
             return
         if not fusion.experts:
             raise SettingError("method", "AFA", "it needs an expert")
-        models = self.models[: 1 + len(fusion.experts)]
-        predictions = [model.unet.prediction for model in models]
+        count = 1 + len(fusion.experts)
+        predictions = self._predictions(count)
         if len(set(predictions)) > 1:
             raise SettingError("method", "AFA", f"its models must predict the same, these predict {predictions}")
-        if not fusion.needs_aggregator:
-            if fusion.only_model >= len(models):
-                raise SettingError("afa_maps", fusion.afa_maps, f"allowed: one of the {len(models)} models")
-        elif not fusion.afa_aggregator:
+        if not fusion.needs_aggregator and fusion.only_model >= count:
+            raise SettingError("afa_maps", fusion.afa_maps, f"allowed: one of the {count} models")
+        if fusion.needs_aggregator and not fusion.afa_aggregator:
             raise SettingError("afa_aggregator", "", "allowed: a file of trained aggregators; maps uniform need none")
-        elif self._aggregators[0] != (key := (fusion.afa_aggregator, fusion.afa_force, len(models))):
-            identities = [model_of(model.path) for model in models]
-            unet = models[0].unet
-            loaded = load_for(fusion.afa_aggregator, unet, identities, predictions, fusion.afa_force,
+
+    def _predictions(self, count: int) -> list[str]:
+        return [model.unet.prediction for model in self.models[:count]]
+
+    def _load_aggregators(self, fusion: FusionSettings) -> nn.ModuleList | None:
+        """The (checked) settings' aggregators, kept until others are asked for; None where none are needed.
+
+        Raises SettingError or CheckpointError where the file does not fit the models.
+        """
+        if not fusion.needs_aggregator:
+            return None
+        count = 1 + len(fusion.experts)
+        key = (fusion.afa_aggregator, fusion.afa_force, count)
+        if self._aggregators[0] != key:
+            identities = [model_of(model.path) for model in self.models[:count]]
+            unet = self.models[0].unet
+            loaded = load_for(fusion.afa_aggregator, unet, identities, self._predictions(count), fusion.afa_force,
                               unet.dtype, self.device)  # fmt: skip
             self._aggregators = (key, loaded)
+        return self._aggregators[1]
 
     def make_lockstep(self, fusion: FusionSettings) -> Lockstep:
         """The models in lockstep, with trained aggregators or a control, as the (checked) settings say."""
         models = self.models[: 1 + len(fusion.experts)]
-        aggregators = self._aggregators[1]
-        if fusion.afa_maps == "uniform":
-            aggregators = afa.uniform(len(models)).to(self.device)
-        elif not fusion.needs_aggregator:
-            aggregators = afa.one_hot(len(models), fusion.only_model).to(self.device)
+        aggregators: nn.Module | None = self._load_aggregators(fusion)
+        if aggregators is None:
+            is_mean = fusion.afa_maps == "uniform"
+            control = afa.uniform(len(models)) if is_mean else afa.one_hot(len(models), fusion.only_model)
+            aggregators = control.to(self.device)
         return Lockstep(models[0].unet, [model.unet for model in models[1:]], aggregators)
 
     def denoise(
@@ -177,65 +185,63 @@ class Engine:
         bar: tqdm | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """The final latents (B,4,H/8,W/8), float32, of (prompt, seed) pairs."""
-        told = self._conditionings([prompt for prompt, _ in jobs], generation, session.settings)
         scheduler = make_scheduler(generation.sampler, generation.steps, self.device)
-        shape = (1, self.models[0].unet.out_channels, generation.height // 8, generation.width // 8)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for _, seed in jobs]
-        x = torch.cat(noise).to(self.device) * scheduler.init_noise_sigma
-        alphas = scheduler.alphas_cumprod.to(self.device)
-        weights = torch.tensor([generation.cfg_scale, 1 - generation.cfg_scale], device=self.device).view(2, 1, 1, 1)
-        steps = SamplerSteps(scheduler, session, generation.cfg_scale)
+        x = self._draw_noise([seed for _, seed in jobs], generation) * scheduler.init_noise_sigma
+        alphas = [alpha_at(t, scheduler.alphas_cumprod) for t in scheduler.timesteps.cpu()]
+        conditionings = self._conditionings([prompt for prompt, _ in jobs], generation, session.settings)
+        rows = Rows.plain(len(jobs))
+        session.guidance_scale = generation.cfg_scale
         session.begin([*map(float, scheduler.timesteps), -1.0])
-        self._check_afa(session.settings)
-        lockstep = self.make_lockstep(session.settings) if session.settings.method == "AFA" else None
-        if lockstep:
-            session.watch_afa(lockstep)
-        unets = [model.unet for model in self.models] if session.freeu else []
-        decoder = [point for unet in unets for point in read_layout(unet).decoder]
-        freeu = session.freeu[0] if session.freeu else None
-        with attach_freeu(decoder, freeu), lockstep.attach() if lockstep else Hooks():
-            for t in scheduler.timesteps:
-                scaled = steps.sampler.scale_model_input(x, t)  # variance-preserving, whatever the sampler
-                skips = session.skips
-                models, together = session.models_at(float(t)), session.in_lockstep(float(t))
-                if skips is not None:
-                    a = float(_alpha_at(t.to(self.device), alphas))
-                    skips.begin_step(math.log((1 - a) / a) / 2, list(scaled), bool(t == scheduler.timesteps[-1]))
-                    skips.join(together)
-                noises: dict[int, torch.Tensor] = {}
-                for i in models[:1] if together else models:
-                    run = list(range(len(x))) if skips is None else skips.needed(i)
-                    if run:
-                        if together:
-                            session.begin_call(float(t), run * 2)
-                        others = self._running(lockstep, [told[j] for j in models], run) if together else nullcontext()
-                        with others, session.using_freeu(i, float(t)):
-                            noises[i] = self._predict(self.models[i], told[i], scaled, t, alphas, run)
-                        if together:
-                            for totals in lockstep.totals:
-                                session.watch((*models, AGGREGATOR), totals)
-                        else:
-                            session.watch((i,), noises[i].sum(dtype=torch.float32)[None])
-                    for j in models if together else (i,):
-                        session.count(j, 2 * len(run), 2 * (len(x) - len(run)))
-                    if skips is not None:
-                        computed = dict(zip(run, noises.get(i, ()), strict=True))
-                        noises[i] = torch.stack([
-                            skips.observe(i, picture, computed[picture], weights) if picture in computed
-                            else skips.forecast(i, picture) for picture in range(len(x))
-                        ])  # fmt: skip
-                if skips is not None:
-                    x = steps.correct(skips.take_corrections(), x)
-                x = steps.take(noises, t, x)
+        sampler = CorrectedSampler(scheduler, session)
+        with self._hooked(session):
+            for t, alpha in zip(scheduler.timesteps, alphas, strict=True):
+                scaled = sampler.scheduler.scale_model_input(x, t)  # variance-preserving, whatever the sampler
+                inputs = torch.cat([scaled] * 2)
+                step = Step(session, session.schedule.level(float(t), float(t), float(alpha)), rows, list(scaled))
+                step.run(range(len(inputs)), inputs, partial(self._predict, session, conditionings, inputs, t, alpha))
+                step.observe()
+                x = sampler.take(step, t, x)
                 if bar is not None:
                     bar.update()
         session.check(f"the base ({self.models[0].path.stem})")
         return x
 
-    def _running(self, lockstep: Lockstep, told: Sequence[Conditioning], pictures: list[int]) -> AbstractContextManager:
-        """The base's forward as that of all models, for some of the pictures."""
-        contexts = [torch.cat([each.cond[pictures], each.uncond[pictures]]) for each in told]
-        return lockstep.running(contexts[1:], mean_context(contexts))
+    def _draw_noise(self, seeds: Sequence[int], generation: GenerationSettings) -> torch.Tensor:
+        """Each picture's noise (B,C,H/8,W/8), by its own seed."""
+        shape = (1, self.models[0].unet.out_channels, generation.height // 8, generation.width // 8)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.cat(noise).to(self.device)
+
+    @contextmanager
+    def _hooked(self, session: FusionSession) -> Iterator[None]:
+        """Within, the session's hooks are on the U-Nets."""
+        decoder = [point for model in self.models for point in read_layout(model.unet).decoder] if session.freeu else []
+        with attach_freeu(decoder, session.freeu[0] if session.freeu else None):
+            if session.settings.method != "AFA":
+                yield
+                return
+            lockstep = self.make_lockstep(session.settings)
+            session.join(lockstep)
+            with lockstep.attach():
+                yield
+
+    def _predict(
+        self, session: FusionSession, conditionings: Sequence[torch.Tensor], inputs: torch.Tensor, t: torch.Tensor,
+        alpha: torch.Tensor, models: Sequence[int], rows: Sequence[int],
+    ) -> torch.Tensor:  # fmt: skip
+        """The noise (R,C,H,W) of some rows of the step: one model's, or that of all in lockstep.
+
+        ``inputs`` (2B,C,H,W) are the step's scaled latents, ``conditionings`` each model's text states (2B,T,D).
+        """
+        chosen = list(rows)
+        unet, x = self.models[models[0]].unet, inputs[chosen]
+        contexts = [conditionings[model][chosen] for model in models]
+        lockstep = session.lockstep if len(models) > 1 else None
+        with lockstep.running(contexts[1:], mean_context(contexts)) if lockstep else nullcontext():
+            output = unet(x, t.to(self.device, torch.float32).expand(len(x)), contexts[0]).float()
+        if unet.prediction == "v":  # eps = sqrt(a) v + sqrt(1 - a) x, with x variance-preserving
+            output = alpha.sqrt() * output + (1 - alpha).sqrt() * x
+        return output
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Pictures of latents (B,4,h,w), by the base's VAE."""
@@ -248,29 +254,17 @@ class Engine:
 
     def _conditionings(
         self, prompts: list[str], generation: GenerationSettings, fusion: FusionSettings
-    ) -> list[Conditioning]:
+    ) -> list[torch.Tensor]:
+        """Each model's text states (2B,T,D) with and without prompt, by its own text encoder or the base's."""
         negatives = [generation.negative_prompt] * len(prompts)
-        told = [Conditioning(self.models[0].text(prompts), self.models[0].text(negatives))]
+        base = self.models[0].text
+        result = [torch.cat([base(prompts), base(negatives)])]
         for model, expert in zip(self.models[1:], fusion.experts, strict=False):
-            text = self.models[0].text if expert.text_encoder == "base" else model.text
+            text = base if expert.text_encoder == "base" else model.text
             own = [expert.prompt] * len(prompts) if expert.prompt else prompts
             own_negatives = [expert.negative_prompt] * len(prompts) if expert.negative_prompt else negatives
-            told.append(Conditioning(text(own), text(own_negatives)))
-        return told
-
-    def _predict(
-        self, model: DiffusionModel, told: Conditioning, x: torch.Tensor, t: torch.Tensor, alphas: torch.Tensor,
-        pictures: Sequence[int],
-    ) -> torch.Tensor:  # fmt: skip
-        """A model's noise for some of the scaled latents (B,4,h,w), with and without its prompt: (n,2,4,h,w)."""
-        chosen = list(pictures)
-        rows = torch.cat([x[chosen]] * 2)
-        timesteps = t.to(self.device, torch.float32).expand(len(rows))
-        output = model.unet(rows, timesteps, torch.cat([told.cond[chosen], told.uncond[chosen]])).float()
-        if model.unet.prediction == "v":  # eps = sqrt(a) v + sqrt(1 - a) x, with x variance-preserving
-            a = _alpha_at(t.to(self.device), alphas)
-            output = a.sqrt() * output + (1 - a).sqrt() * rows
-        return torch.stack(output.chunk(2), dim=1)
+            result.append(torch.cat([text(own), text(own_negatives)]))
+        return result
 
 
 def _check_fits(base: Checkpoint, expert: Checkpoint) -> None:
@@ -287,7 +281,7 @@ def _check_fits(base: Checkpoint, expert: Checkpoint) -> None:
             )
 
 
-def _alpha_at(t: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+def alpha_at(t: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
     """alphas_cumprod at a fractional timestep, linear in log sigma as the schedulers interpolate."""
     log_sigmas = ((1 - alphas) / alphas).log() / 2
     low = t.floor().long().clamp(0, len(alphas) - 1)

@@ -1,4 +1,4 @@
-"""Skipping in one sampling pass: which pictures each model must be run for, what stands in for it, and the record.
+"""Skipping in one sampling pass: which pictures each model must be run for, the forecasts for the rest, the record.
 
 Every picture has its own policy for each model, so that it does not depend on its neighbours in the batch.
 """
@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
+from lib_fusion.fusion.level import Level
 from lib_fusion.fusion.records import SkipRecord
 from lib_fusion.methods.skipping import Forecaster, LastNoise
 from lib_fusion.requests.settings import FusionSettings
 
 #: The most skips in a row where the settings leave it to the policy.
 POLICY_MAX = {"Forecast": 1, "Paper": 4}
-
-
+#: Marks of a step in a path.
 COMPUTED, SKIPPED = "#", "."
 
 
 @dataclass
 class Correction:
-    """What is to be added to a model's noise for a picture, (K,C,H,W), at the step of this noise level."""
+    """The change (K,C,H,W) of a model's noise for a picture, at the step of this noise level."""
 
     model: int
     picture: int
@@ -34,13 +34,13 @@ class Correction:
 
 @dataclass
 class Skips:
-    """All policies of a pass, and what they have decided.
+    """All policies of a pass, and their decisions.
 
-    ``paths`` has for each model a text for each picture, a mark a step: COMPUTED or SKIPPED. ``make``, where given,
-    makes the policy of a model and a picture instead of the settings. ``timeline``, where given, is told each step.
+    ``paths`` has for each model a text for each picture, one mark a step: COMPUTED or SKIPPED. ``make``, where given,
+    makes the policy of a model and a picture instead of the settings. ``timeline``, where given, records each step.
 
-    A step is ``begin_step`` and then, for each model that the step needs, ``needed``, a run of the model for those
-    pictures with ``observe`` of each, and ``forecast`` for the others.
+    In a step, ``begin_step`` comes first and then, for each model that runs, ``needed``, ``forecast`` for the pictures
+    that it is not needed for, and ``observe`` for the others.
     """
 
     settings: FusionSettings
@@ -54,54 +54,52 @@ class Skips:
         self._most = self.settings.skip_max or POLICY_MAX.get(self.settings.skipping, 1)
         #: How many steps back a correction may go; 0: there are none.
         self.reach = self._most if self.settings.skip_correct and self.settings.skipping == "Forecast" else 0
-        self.log_sigma, self._is_last, self._joint = 0.0, False, False
+        self._is_joint = False
 
-    def begin_step(self, log_sigma: float, latents: Sequence[torch.Tensor], is_last: bool) -> None:
-        """``latents``: each picture's (C,H,W), variance-preserving. The last step is never forecast."""
-        self.log_sigma, self._is_last, self._latents = log_sigma, is_last, latents
+    def begin_step(self, is_joint: bool) -> None:
+        """``is_joint``: the models make one prediction in this step, the base's (AFA). A change clears the history."""
+        if is_joint != self._is_joint:
+            self._policies.clear()
+            self._is_joint = is_joint
         if self.timeline is not None:
             self.timeline.append({})
 
-    def join(self, joint: bool) -> None:
-        """Whether the models make one prediction at this step, the base's (AFA); a change begins all anew."""
-        if joint != self._joint:
-            self._policies.clear()
-            self._joint = joint
-
     def pass_over(self, models: Sequence[int], pictures: int) -> None:
-        """Notes a step at which these models were run unasked: the host had left a half of its rows out."""
+        """Records a step in which these models ran unasked: the host had left out half of its rows."""
         if self.timeline is not None:
             self.timeline.append({model: [(COMPUTED, None)] * pictures for model in models})
 
-    def needed(self, model: int, together: bool = False) -> list[int]:
-        """The pictures that the model must be run for at this step; ``together``: none or all of them."""
+    def needed(self, model: int, level: Level, latents: Sequence[torch.Tensor], whole: bool = False) -> list[int]:
+        """The pictures that the model must be run for in this step; ``whole``: all of them, or none.
+
+        ``latents``: each picture's (C,H,W), variance-preserving. The last step is never forecast.
+        """
         wanted = []
-        for picture, latent in enumerate(self._latents):
-            may = self._policy(model, picture).may_skip(self.log_sigma, latent)
-            if not may or (self._is_last and self.settings.skipping == "Forecast"):
+        for picture, latent in enumerate(latents):
+            may = self._policy(model, picture).may_skip(level.log_sigma, latent)
+            if not may or (level.is_last and self.settings.skipping == "Forecast"):
                 wanted.append(picture)
-        if together and wanted:
-            wanted = list(range(len(self._latents)))
-        marks = [COMPUTED if picture in wanted else SKIPPED for picture in range(len(self._latents))]
+        if whole and wanted:
+            wanted = list(range(len(latents)))
+        marks = [COMPUTED if picture in wanted else SKIPPED for picture in range(len(latents))]
         self.paths[model] = [a + b for a, b in zip(self.paths.get(model, [""] * len(marks)), marks)]
         if self.timeline is not None:
-            told = [(mark, self._policy(model, i).estimate(self.log_sigma)) for i, mark in enumerate(marks)]
-            models = range(1 + len(self.settings.experts)) if self._joint else (model,)
-            self.timeline[-1].update(dict.fromkeys(models, told))
+            judged = [(mark, self._policy(model, i).estimate(level.log_sigma)) for i, mark in enumerate(marks)]
+            models = range(1 + len(self.settings.experts)) if self._is_joint else (model,)
+            self.timeline[-1].update(dict.fromkeys(models, judged))
         return wanted
 
-    def observe(self, model: int, picture: int, noise: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def observe(self, model: int, picture: int, level: Level, noise: torch.Tensor, weights: torch.Tensor) -> None:
         """Takes a computed noise (K,C,H,W); with ``weights`` (K,1,1,1) its rows add up to the guided noise."""
-        for level, change in self._policy(model, picture).observe(self.log_sigma, noise, weights):
-            self._corrections.append(Correction(model, picture, level, change))
-        return noise
+        for log_sigma, change in self._policy(model, picture).observe(level.log_sigma, noise, weights):
+            self._corrections.append(Correction(model, picture, log_sigma, change))
 
-    def forecast(self, model: int, picture: int) -> torch.Tensor:
+    def forecast(self, model: int, picture: int, level: Level) -> torch.Tensor:
         """The noise (K,C,H,W) of a picture that the model is not run for."""
-        return self._policy(model, picture).forecast(self.log_sigma)
+        return self._policy(model, picture).forecast(level.log_sigma)
 
     def take_corrections(self) -> list[Correction]:
-        """What this step has told about those skipped before it, once."""
+        """What this step has shown about those skipped before it, once."""
         result, self._corrections = self._corrections, []
         return result if self.reach else []
 

@@ -1,0 +1,189 @@
+"""One denoising step of N models. A host says how models are run on some rows; everything else happens here.
+
+Which models run, alone or in lockstep; which rows are computed and which are forecast; FreeU's strength; the guard
+against NaN; the counts; and how the models' outputs become one. A host makes a ``Step``, calls ``run`` for the rows of
+each U-Net call, then ``observe`` and ``fuse`` once it has them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from lib_fusion.fusion.blend import BASE, Halves
+from lib_fusion.fusion.level import Level
+from lib_fusion.fusion.rows import Rows
+from lib_fusion.fusion.session import FusionSession
+
+#: Runs models on some rows of the step: one model alone, or several in lockstep. Returns their output (R,C,H,W).
+Predict = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
+
+
+class Step:
+    """One step of a session at a noise level.
+
+    ``latents``: each picture's (C,H,W) as the skipping policies watch them; None where nothing may be skipped in this
+    step. ``whole``: a model is run for all pictures or for none. ``predicts_v``: whether the outputs of this step are
+    v predictions; else they are noise. Models that predict otherwise are converted by the host.
+    """
+
+    def __init__(
+        self, session: FusionSession, level: Level, rows: Rows, latents: Sequence[torch.Tensor] | None = None, *,
+        whole: bool = False, predicts_v: bool = False,
+    ) -> None:  # fmt: skip
+        self.session, self.level, self.rows = session, level, rows
+        self.is_joint = session.blend.in_lockstep(level.timestep)
+        self.models = session.blend.models_at(level.timestep)
+        self.winner: torch.Tensor | None = None
+        self._skips = None if latents is None else session.skips
+        self._latents, self._whole = latents, whole
+        self._outputs: dict[int, list[torch.Tensor]] = {}
+        self._needed: dict[int, list[int]] = {}
+        self._noises: dict[int, dict[int, torch.Tensor]] = {}
+        self._owners = rows.owners
+        self._guidance: list[torch.Tensor] | None = None
+        # noise = signal * output + shift * input
+        self._signal, self._shift = (level.signal, level.noise) if predicts_v else (1.0, 0.0)
+        if self._skips is not None:
+            self._skips.begin_step(self.is_joint)
+
+    @property
+    def skips(self) -> bool:
+        """Whether the skipping policies decide in this step."""
+        return self._skips is not None
+
+    def run(self, rows: range, x: torch.Tensor, predict: Predict) -> torch.Tensor:
+        """Runs the step's models for these rows of its table; returns the first model's output (R,C,H,W).
+
+        ``x`` (R,C,H,W) is what the U-Nets are given for these rows. Rows of pictures that a model is not needed for
+        are forecast.
+        """
+        for models in [self.models] if self.is_joint else [(model,) for model in self.models]:
+            output = self._run(models, rows, x, predict)
+            self._outputs.setdefault(models[0], []).append(output)
+        return self._outputs[self.models[0]][-1]
+
+    def observe(self) -> None:
+        """All rows are there: shows the computed ones to the skipping policies."""
+        if self._skips is None:
+            if self.session.skips is not None and self._outputs:
+                self.session.skips.pass_over(self.models, self.rows.num_pictures)
+            return
+        for model, needed in self._needed.items():
+            for picture in needed:
+                noise = self._noises[model][picture]
+                self._skips.observe(model, picture, self.level, noise, self.guidance(noise.device)[picture])
+
+    def fuse(self) -> torch.Tensor | None:
+        """The fused rows (R,C,H,W) of those that ran; None where the first model's output stands as it is."""
+        if self.is_joint or len(self.models) < 2 or not self._outputs:
+            return None
+        outputs = {model: self.output(model) for model in self.models}
+        first = outputs[self.models[0]]
+        owners = torch.tensor(self._owners, device=first.device)[: len(first)]
+        halves = self._halves() if len(first) == self.rows.num_all else None
+        blend = self.session.blend
+        fused = blend.fuse(self.level.timestep, outputs, owners, halves, self.session.guidance_scale)
+        self.winner = blend.winner
+        return fused
+
+    def output(self, model: int = -1) -> torch.Tensor:
+        """A model's output for all rows that ran (R,C,H,W), by default the first model's."""
+        model = self.models[0] if model < 0 else model
+        parts = self._outputs[model]
+        if len(parts) > 1:
+            self._outputs[model] = parts = [torch.cat(parts)]
+        return parts[0]
+
+    def guidance(self, device: torch.device) -> list[torch.Tensor]:
+        """For each picture the weights (K,1,1,1) by which its rows add up to the guided noise."""
+        if self._guidance is None:
+            self._guidance = self.rows.guidance(self.session.guidance_scale, device)
+        return self._guidance
+
+    def correct(self, model: int, picture: int, change: torch.Tensor) -> None:
+        """Adds ``change`` (K,C,H,W) to a model's output for the rows of a picture (noise predictions only)."""
+        self.output(model)[self.rows.rows_of(picture)] += change
+
+    def share(self, model: int, picture: int) -> torch.Tensor | float:
+        """How much of a picture's fused noise is the model's: a part of one, or where, as a mask (1,H,W)."""
+        models = self.models[:1] if self.is_joint else self.models
+        if len(models) < 2 or self.winner is None:
+            return 1 / len(models)
+        return (self.winner[picture] == model).float()
+
+    def _run(self, models: Sequence[int], rows: range, x: torch.Tensor, predict: Predict) -> torch.Tensor:
+        """The output of one model, or of all in lockstep, for these rows: computed, or forecast."""
+        computed = self._computed(models[0], rows)
+        output = None
+        if len(computed) == len(rows):
+            output = self._predict(models, rows, predict)
+        elif computed:
+            part = self._predict(models, computed, predict)
+            output = torch.zeros((len(x), *part.shape[1:]), dtype=part.dtype, device=part.device)
+            output[[row - rows.start for row in computed]] = part
+        for model in models:
+            self.session.count(model, len(computed), len(rows) - len(computed))
+        if self._skips is None:
+            assert output is not None
+            return output
+        if output is not None:
+            self._keep(models[0], computed, rows.start, output, x)
+        return self._with_forecasts(models[0], rows, set(computed), output, x)
+
+    def _computed(self, model: int, rows: range) -> Sequence[int]:
+        """Those of the rows that the model must be run for."""
+        if self._skips is None:
+            return rows
+        if model not in self._needed:
+            assert self._latents is not None
+            self._needed[model] = needed = self._skips.needed(model, self.level, self._latents, self._whole)
+            spared = [i for i in range(self.rows.num_pictures) if i not in needed]
+            self._noises[model] = {i: self._skips.forecast(model, i, self.level) for i in spared}
+        return [row for row in rows if self._owners[row] in self._needed[model]]
+
+    def _predict(self, models: Sequence[int], rows: Sequence[int], predict: Predict) -> torch.Tensor:
+        """One U-Net call, with FreeU where it acts; its sums go to the guard against NaN."""
+        session = self.session
+        if self.is_joint:
+            session.begin_call(self.level.timestep, [self._owners[row] for row in rows])
+        with session.using_freeu(BASE if self.is_joint else models[0], self.level):
+            output = predict(models, rows)
+        if self.is_joint:
+            session.watch_lockstep(models)
+        else:
+            session.watch(models, output.sum(dtype=torch.float32)[None])
+        return output
+
+    def _keep(self, model: int, computed: Sequence[int], start: int, output: torch.Tensor, x: torch.Tensor) -> None:
+        """Keeps computed rows as noise, by picture, until the policies are shown them."""
+        for row in computed:
+            picture = self._owners[row]
+            its_rows = self.rows.rows_of(picture)
+            raw = output[row - start]
+            if picture not in self._noises[model]:
+                shape = (len(its_rows), *raw.shape)
+                self._noises[model][picture] = torch.zeros(shape, dtype=torch.float32, device=raw.device)
+            noise = self._signal * raw + self._shift * x[row - start] if self._shift else raw
+            self._noises[model][picture][its_rows.index(row)] = noise
+
+    def _with_forecasts(
+        self, model: int, rows: range, computed: set[int], output: torch.Tensor | None, x: torch.Tensor
+    ) -> torch.Tensor:
+        """The rows with the forecast ones put where none was computed."""
+        for i, row in enumerate(rows):
+            if row in computed:
+                continue
+            picture = self._owners[row]
+            noise = self._noises[model][picture][self.rows.rows_of(picture).index(row)].to(x.device)
+            if output is None:
+                output = torch.zeros((len(x), *noise.shape), dtype=x.dtype, device=x.device)
+            output[i] = ((noise - self._shift * x[i]) / self._signal).to(output.dtype)
+        assert output is not None
+        return output
+
+    def _halves(self) -> Halves:
+        """Conditional and unconditional noise (B,C,H,W) of each model, up to what is common to both."""
+        combined = {model: self.rows.combine(self.output(model).float() * self._signal) for model in self.models}
+        return {i: cond for i, (cond, _) in combined.items()}, {i: uncond for i, (_, uncond) in combined.items()}
