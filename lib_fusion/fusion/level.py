@@ -41,8 +41,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels of a pass as its sampler writes them (sigmas or timesteps), falling: step i goes from ``levels[i]``
-    to ``levels[i + 1]``."""
+    """The falling noise levels of a pass, sigmas or timesteps: step i goes from ``levels[i]`` to ``levels[i + 1]``."""
 
     levels: Sequence[float] = (1000.0, 0.0)
 

@@ -26,7 +26,7 @@ class Runtime:
         """The backstop: takes off a pass that has not ended by itself. One that still runs ends with an error."""
         fusion, self.current = self.current, None
         if fusion is not None:
-            fusion.error = FusionError("Denoiser Fusion was taken off while the picture was being made")
+            fusion.fail(FusionError("Denoiser Fusion was taken off while the picture was being made"))
             fusion.detach()
 
     def free(self) -> None:
@@ -56,7 +56,7 @@ class Runtime:
         try:
             getattr(fusion, step)(params)
         except Exception as error:
-            fusion.error = error
+            fusion.fail(error)
 
 
 def _mib(size: int) -> str:

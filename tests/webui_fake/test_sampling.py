@@ -193,7 +193,7 @@ def test_inert_outside_steps_and_after_a_refiner(sampling: Any) -> None:
     fusion = make_pass(sampling, step, expert)
     fusion.attach()
     told = {"c_crossattn": [step.context], "c_concat": []}
-    with pytest.raises(ValueError, match="tells of no steps"):  # rather than a picture without the expert
+    with pytest.raises(ValueError, match="announces no steps"):  # rather than a picture without the expert
         step.model.apply_model(step.x, torch.full((4,), 500.0), told)
     step.run(fusion, (4,))
     assert expert.calls == 1
@@ -252,7 +252,7 @@ def test_a_step_without_its_unconditional_half_is_in_the_timeline(
     sampling: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sampling.shared.opts.data, "denoiser_fusion_preview_skips", True)
-    monkeypatch.setattr(sampling, "leaves_out_uncond", lambda *_: True)
+    monkeypatch.setattr("lib_fusion.webui.sampling.host_step.leaves_out_uncond", lambda *_: True)
     step = Step(Model(UNet(1.0)))
     step.sampler.sampler_extra_args["s_min_uncond"] = 4.0
     fusion = make_pass(sampling, step, UNet(1.7), method="Average", skipping="Forecast")
@@ -272,7 +272,7 @@ def test_a_step_without_its_unconditional_half_is_in_the_timeline(
     ],
 )
 def test_levels_of_a_pass(sampling: Any, arguments: dict, levels: list[float]) -> None:
-    from lib_fusion.webui.sampling.launch import levels_of
+    from lib_fusion.webui.sampling.levels import levels_of
 
     assert levels_of(arguments, 2) == pytest.approx(levels)
 
@@ -281,15 +281,15 @@ def test_levels_are_told_and_the_samplers_function_comes_back(sampling: Any) -> 
     def function(model: Any, x: Any, sigmas: torch.Tensor) -> Any:
         return x
 
-    from lib_fusion.webui.sampling.launch import told_levels
+    from lib_fusion.webui.sampling.launch import announced_levels
 
     sampler = SimpleNamespace(func=function, model_wrap_cfg=SimpleNamespace(steps=2))
     fusion = sampling.FusionSession(FusionSettings(freeu="Auto", freeu_start=0.5))
-    with told_levels(sampler, fusion):
+    with announced_levels(sampler, fusion):
         assert sampler.func(None, 5, sigmas=torch.tensor([8.0, 2.0, 0.0])) == 5
     assert sampler.func is function
-    assert fusion.levels == [8, 2, 0]
-    with told_levels(sampler, sampling.FusionSession(FusionSettings())):
+    assert fusion.schedule.levels == [8, 2, 0]
+    with announced_levels(sampler, sampling.FusionSession(FusionSettings())):
         assert sampler.func is function
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from lib_fusion.fusion.level import Level, Schedule
 from lib_fusion.fusion.policies import Correction
 from tests.webui_fake import fakes
 
@@ -19,11 +20,20 @@ SIGMAS = [math.sqrt((1 - ALPHAS[t]) / ALPHAS[t]) for t in TIMESTEPS]
 
 
 @pytest.fixture
-def skipping(monkeypatch: pytest.MonkeyPatch) -> Any:
+def correcting(monkeypatch: pytest.MonkeyPatch) -> Any:
     fakes.install(monkeypatch)
-    from lib_fusion.webui.sampling import correcting as skipping
+    from lib_fusion.webui.sampling import correcting
 
-    return skipping
+    return correcting
+
+
+def level_of(i: int) -> Level:
+    return Level(TIMESTEPS[i], float(ALPHAS[TIMESTEPS[i]]))
+
+
+def step_of(i: int) -> SimpleNamespace:
+    """A fusion step of one model for two pictures, whose rows the policies have decided on."""
+    return SimpleNamespace(skips=True, level=level_of(i), guidance=lambda _: [WEIGHTS] * 2, share=lambda *_: 1.0)
 
 
 def sample(function: str, noises: list[torch.Tensor], x: torch.Tensor, callback: Any) -> torch.Tensor:
@@ -56,7 +66,7 @@ def sample(function: str, noises: list[torch.Tensor], x: torch.Tensor, callback:
 
 @pytest.mark.parametrize("function", ["sample_euler", "sample_dpmpp_2m", "ddim"])
 @pytest.mark.parametrize("runs", [{4: [3]}, {4: [3], 6: [5], 8: [7]}, {5: [3, 4], 7: [6]}])
-def test_correction_is_the_sampler_with_the_right_noises(skipping: Any, function: str, runs: dict) -> None:
+def test_correction_is_the_sampler_with_the_right_noises(correcting: Any, function: str, runs: dict) -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64)
     right = [torch.randn(start.shape, generator=generator, dtype=torch.float64) for _ in SIGMAS]
@@ -65,15 +75,14 @@ def test_correction_is_the_sampler_with_the_right_noises(skipping: Any, function
         changes[skipped] = torch.randn(2, 4, 3, 3, generator=generator, dtype=torch.float64)  # rows of picture 1
         used[skipped] = right[skipped].clone()
         used[skipped][1] -= (WEIGHTS * changes[skipped]).sum(0)
-    skips = SimpleNamespace(log_sigma=0.0, reach=2, take_corrections=lambda: found)
-    session = SimpleNamespace(skips=skips, levels=[float(t) for t in TIMESTEPS])
-    corrector = skipping.Corrector(function, session, ALPHAS)
+    skips = SimpleNamespace(reach=2, take_corrections=lambda: found)
+    session = SimpleNamespace(skips=skips, schedule=Schedule([float(t) for t in TIMESTEPS]))
+    corrector = correcting.CORRECTORS[function](session, ALPHAS)
     found: list[Correction] = []
 
     def after(i: int, given: dict) -> None:
-        skips.log_sigma = math.log(SIGMAS[i])
-        found[:] = [Correction(0, 1, math.log(SIGMAS[j]), changes[j]) for j in runs.get(i, [])]
-        corrector.after_model(given, SimpleNamespace(weights=[WEIGHTS] * 2), lambda model, picture: 1.0)
+        found[:] = [Correction(0, 1, level_of(j).log_sigma, changes[j]) for j in runs.get(i, [])]
+        corrector.after_model(given["x"], given["denoised"], step_of(i))
 
     corrected = sample(function, used, start, after)
     expected = sample(function, right, start, lambda i, given: None)
@@ -83,21 +92,22 @@ def test_correction_is_the_sampler_with_the_right_noises(skipping: Any, function
     assert torch.equal(corrected[0], expected[0])
 
 
-def test_a_step_in_other_hands_ends_the_reach_of_corrections(skipping: Any) -> None:
-    skips = SimpleNamespace(log_sigma=1.0, reach=1, take_corrections=list)
-    corrector = skipping.Corrector("sample_euler", SimpleNamespace(skips=skips, levels=[]), ALPHAS)
+def test_a_step_in_other_hands_ends_the_reach_of_corrections(correcting: Any) -> None:
+    skips = SimpleNamespace(reach=1, take_corrections=list)
+    corrector = correcting.EulerCorrector(SimpleNamespace(skips=skips), ALPHAS)
     latent = torch.zeros(1, 4, 2, 2)
-    corrector.after_model({"x": latent, "denoised": latent}, SimpleNamespace(weights=[WEIGHTS]), lambda *_: 1.0)
-    corrector.after_model({"x": latent, "denoised": latent}, None, lambda *_: 1.0)
-    skips.take_corrections = lambda: [Correction(0, 0, 1.0, torch.ones(2, 4, 2, 2))]
-    skips.log_sigma = 0.5
-    corrector.after_model({"x": latent, "denoised": latent}, SimpleNamespace(weights=[WEIGHTS]), lambda *_: 1.0)
+    corrector.after_model(latent, latent, step_of(3))
+    corrector.after_model(latent, latent, None)
+    skips.take_corrections = lambda: [Correction(0, 0, level_of(3).log_sigma, torch.ones(2, 4, 2, 2))]
+    corrector.after_model(latent, latent, step_of(5))
     assert not latent.any()
 
 
-def test_conditioning_is_taken_row_by_row(skipping: Any) -> None:
+def test_conditioning_is_taken_row_by_row(correcting: Any) -> None:
+    from lib_fusion.webui.sampling.contexts import take_rows
+
     states, image = torch.arange(12.0).view(4, 3), torch.arange(4.0).view(4, 1)
-    taken = skipping.take_rows({"c_crossattn": [states], "c_concat": [image], "vector": image}, [1, 3])
+    taken = take_rows({"c_crossattn": [states], "c_concat": [image], "vector": image}, [1, 3])
     assert torch.equal(taken["c_crossattn"][0], states[[1, 3]])
     assert torch.equal(taken["c_concat"][0], image[[1, 3]])
     assert torch.equal(taken["vector"], image[[1, 3]])

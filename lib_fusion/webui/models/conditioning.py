@@ -26,7 +26,7 @@ MOST_BRACKETS = 200
 
 
 @dataclass
-class Told:
+class Conditioning:
     """The host's conditionings for one expert: ``cond`` composed and scheduled, ``uncond`` scheduled."""
 
     cond: Any
@@ -49,9 +49,9 @@ class TextCache:
 
     def __init__(self) -> None:
         self._encoders: OrderedDict[tuple[ExpertKey, Any], nn.Module] = OrderedDict()
-        self._told: list[tuple[Any, Told]] = []  # newest last; the keys are compared as the host compares its own
+        self._kept: list[tuple[Any, Conditioning]] = []  # newest last; keys compare as the host compares its own
 
-    def tell(self, p: Any, loaded: Expert, expert: ExpertSettings, field: str) -> Told | None:
+    def encode(self, p: Any, loaded: Expert, expert: ExpertSettings, field: str) -> Conditioning | None:
         """The conditionings of this pass for an expert; None: exactly the base's."""
         info = loaded.info
         own_encoder = expert.text_encoder == "own" and not is_base(info, expert, p.sd_model)
@@ -65,19 +65,19 @@ class TextCache:
         encoder_key = make_key(info, expert) if own_encoder else None
         shape = (prompts.width, prompts.height)
         key = (encoder_key, negatives, shape, p.cached_params(prompts, steps, extra, hires_steps, old_scheduling()))
-        found = next((told for known, told in self._told if known == key), None)
+        found = next((kept for known, kept in self._kept if known == key), None)
         if found is None:
             with devices.autocast():
                 model = p.sd_model
                 if own_encoder:
                     model = self._own(loaded, encoder_key, p.sd_model, f"{field}.text_encoder")
                 found = encode(model, prompts, negatives, steps, hires_steps, p.sd_model)
-            self._told = [*self._told, (key, found)][-KEPT:]
+            self._kept = [*self._kept, (key, found)][-KEPT:]
         return found
 
     def free(self) -> None:
         self._encoders.clear()
-        self._told.clear()
+        self._kept.clear()
 
     @property
     def bytes(self) -> int:
@@ -139,7 +139,9 @@ def replace_texts(prompts: Any, text: str, field: str) -> Any:
     return prompt_parser.SdConditioning(plain * len(prompts), copy_from=prompts)
 
 
-def encode(model: Any, prompts: Any, negatives: Any, steps: int, hires_steps: int | None, sd_model: nn.Module) -> Told:
+def encode(
+    model: Any, prompts: Any, negatives: Any, steps: int, hires_steps: int | None, sd_model: nn.Module
+) -> Conditioning:
     """Encodes as the host does. An own encoder waits on the CPU where the host's own or the experts do."""
     in_ram = lowvram.is_enabled(sd_model) or shared.opts.data.get("denoiser_fusion_place", "GPU") != "GPU"
     moved = isinstance(model, OwnEncoder) and in_ram
@@ -153,4 +155,4 @@ def encode(model: Any, prompts: Any, negatives: Any, steps: int, hires_steps: in
     finally:
         if moved:
             model.conditioner.to(devices.cpu)
-    return Told(cond, uncond, empty["crossattn"] if isinstance(empty, dict) else empty)
+    return Conditioning(cond, uncond, empty["crossattn"] if isinstance(empty, dict) else empty)

@@ -30,7 +30,8 @@ from lib_fusion.requests.settings import (
 )
 from lib_fusion.webui.models import aggregators, experts
 from lib_fusion.webui.runtime import runtime
-from lib_fusion.webui.sampling.hooked_pass import PLACES, PREVIEW_OPTION
+from lib_fusion.webui.sampling.hooked_pass import PREVIEW_OPTION
+from lib_fusion.webui.sampling.host_step import PLACES
 
 FREEU_ON = ("Auto", *FREEU_PUBLISHED, "Custom")
 #: The setting by which pasted settings switch the panel.

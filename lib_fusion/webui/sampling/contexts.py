@@ -1,63 +1,18 @@
-"""Which rows a U-Net call holds. Pure tensor code.
-
-One denoising step of the host is a table of rows: the conditional ones image by image (each image's AND parts in
-order), then one unconditional row per image. The host computes it in one or several calls that take the rows in order.
-"""
+"""The host's conditioning of a U-Net call, and an expert's text states put into it. Pure tensor code."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from lib_fusion.webui.models.conditioning import Told
+    from lib_fusion.webui.models.conditioning import Conditioning
 
 #: The first token of a context that ControlNet has marked: all of it +-1024.
 MARKER = 1024.0
-
-
-@dataclass
-class Rows:
-    """The table of one step. ``weights``: for each image the weights of its AND parts."""
-
-    weights: Sequence[Sequence[float]]
-    cursor: int = 0
-    raw: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-
-    @property
-    def num_cond(self) -> int:
-        return sum(len(parts) for parts in self.weights)
-
-    @property
-    def num_all(self) -> int:
-        return self.num_cond + len(self.weights)
-
-    def owners(self, device: torch.device) -> torch.Tensor:
-        """The image of each row, int64 (num_all,)."""
-        cond = [i for i, parts in enumerate(self.weights) for _ in parts]
-        return torch.tensor([*cond, *range(len(self.weights))], device=device)
-
-    def first_rows(self) -> list[int]:
-        """Each image's first conditional row."""
-        starts, row = [], 0
-        for parts in self.weights:
-            starts.append(row)
-            row += len(parts)
-        return starts
-
-    def combine(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Conditional and unconditional noise (B,C,H,W) of the images; AND parts are added as the host does."""
-        uncond = rows[self.num_cond :]
-        if all(list(parts) == [1.0] for parts in self.weights):
-            return rows[: self.num_cond], uncond
-        cond = []
-        for i, (start, parts) in enumerate(zip(self.first_rows(), self.weights)):
-            cond.append(uncond[i] + sum(w * (rows[start + j] - uncond[i]) for j, w in enumerate(parts)))
-        return torch.stack(cond), uncond
 
 
 def change_prediction(raw: torch.Tensor, x: torch.Tensor, alpha: float, wanted: str) -> torch.Tensor:
@@ -79,13 +34,13 @@ def weights_of(cond: Any) -> list[list[float]]:
 class Context:
     """An expert's text states (or the host's dict of them) for any run of rows of a step."""
 
-    def __init__(self, told: Told, parser: Any) -> None:
-        self.told, self.parser = told, parser
+    def __init__(self, conditioning: Conditioning, parser: Any) -> None:
+        self.conditioning, self.parser = conditioning, parser
 
     def at(self, step: int) -> tuple[Any, Any]:
         """Conditional and unconditional states at a step, as the host reconstructs its own."""
-        _, cond = self.parser.reconstruct_multicond_batch(self.told.cond, step)
-        return cond, self.parser.reconstruct_cond_batch(self.told.uncond, step)
+        _, cond = self.parser.reconstruct_multicond_batch(self.conditioning.cond, step)
+        return cond, self.parser.reconstruct_cond_batch(self.conditioning.uncond, step)
 
     def slice(self, step: int, chosen: Sequence[int], pad: bool, v0: bool) -> Any:
         """The states of the rows ``chosen``, ascending. Both halves get one length where a call mixes them or it pads.
@@ -97,7 +52,7 @@ class Context:
         first = [row for row in chosen if row < num_cond]
         second = [row - num_cond for row in chosen if row >= num_cond]
         if tokens(cond).shape[1] != tokens(uncond).shape[1] and (pad or (first and second)):
-            cond, uncond = equalize(cond, uncond, self.told.empty, v0)
+            cond, uncond = equalize(cond, uncond, self.conditioning.empty, v0)
         if not second:
             return take(cond, first)
         if not first:
@@ -156,6 +111,14 @@ def strip_marker(cond: dict[str, Any]) -> dict[str, Any]:
     if states.shape[1] > 1 and bool((states[:, 0].abs() == MARKER).all()):
         return {**cond, key: states[:, 1:] if key == "crossattn" else [states[:, 1:]]}
     return cond
+
+
+def take_rows(cond: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
+    """The host's conditioning of one call, for some of its rows."""
+    return {
+        key: [part[chosen] for part in value] if isinstance(value, list) else value[chosen]
+        for key, value in cond.items()
+    }
 
 
 def tokens_of(cond: dict[str, Any]) -> torch.Tensor:

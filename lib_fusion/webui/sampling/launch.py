@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from lib_fusion.webui.models.experts import Expert, check_base, find_checkpoint
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.sampling.contexts import Context, weights_of
 from lib_fusion.webui.sampling.hooked_pass import FusionPass
+from lib_fusion.webui.sampling.levels import levels_of
 
 OUT_OF_MEMORY = ("Denoiser Fusion: the models do not fit into memory together, so the experts have been unloaded; "
                  "Settings > Denoiser Fusion lets experts wait in RAM")  # fmt: skip
@@ -33,11 +33,9 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
         fusion = runtime.current = prepare(runtime, p, settings, sampler)
         try:
             fusion.attach()
-            with told_levels(sampler, fusion.session, fusion.begin_skipping):
+            with announced_levels(sampler, fusion.session, fusion.begin_skipping):
                 samples = sample()
-            if fusion.error is not None:
-                raise fusion.error
-            fusion.check()
+            fusion.finish()
         finally:
             fusion.detach()
             runtime.current = None  # not before: what could not be taken off is taken off at the next start
@@ -68,12 +66,13 @@ def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> Fus
         experts = runtime.experts.acquire(infos, list(settings.experts), sd_model, settings.method == "AFA")
         contexts: list[Context | None] = []
         for i, (loaded, expert) in enumerate(zip(experts, settings.experts)):
-            told = runtime.texts.tell(p, loaded, expert, f"experts[{i}]")
-            if told is not None and weights_of(told.cond) != weights:
-                parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {weights_of(told.cond)[0]}"
+            conditioning = runtime.texts.encode(p, loaded, expert, f"experts[{i}]")
+            own = weights if conditioning is None else weights_of(conditioning.cond)
+            if own != weights:
+                parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {own[0]}"
                 raise SettingError(f"experts[{i}].prompt", expert.prompt,
                                    f"{parts}; allowed: the same parts and weights")  # fmt: skip
-            contexts.append(None if told is None else Context(told, prompt_parser))
+            contexts.append(None if conditioning is None else Context(conditioning, prompt_parser))
         return experts, contexts
 
     is_hires = bool(getattr(p, "is_hr_pass", False))
@@ -81,10 +80,10 @@ def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> Fus
 
 
 @contextmanager
-def told_levels(
+def announced_levels(
     sampler: Any, session: FusionSession, wrap_callback: Callable[[Any, Mapping[str, Any]], Any] | None = None
 ) -> Iterator[None]:
-    """Tells the session the pass's noise levels, which the host hands to its sampling function and to nobody else.
+    """Gives the session the pass's noise levels, which the host hands to its sampling function and to nobody else.
 
     For FreeU's schedule and for skipping. Counters would not do: with second-order samplers, hires fix or adaptive
     steps they count something else than steps.
@@ -105,18 +104,3 @@ def told_levels(
         yield
     finally:
         sampler.func = function
-
-
-def levels_of(arguments: Mapping[str, Any], steps: int) -> list[float]:
-    """The noise levels of a pass, from the arguments of the host's sampling function: its sigmas, or its timesteps.
-
-    Those are ascending, and the last one is where the pass ends. Where there is neither, as for DPM fast and adaptive,
-    it goes from one sigma to another in steps that are even in the logarithm.
-    """
-    sigmas = arguments.get("sigmas", arguments.get("sigma_sched"))
-    if sigmas is not None:
-        return sigmas.tolist()
-    if "timesteps" in arguments:
-        return arguments["timesteps"].flip(0).tolist()
-    first, last = (math.log(float(arguments[f"sigma_{end}"])) for end in ("max", "min"))
-    return [math.exp(first + (last - first) * i / steps) for i in range(steps + 1)]

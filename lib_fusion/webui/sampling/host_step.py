@@ -1,0 +1,193 @@
+"""One denoising step of the host: its rows, how models run on them, and what is written back over its results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from modules import devices, shared
+from torch import nn
+
+from lib_fusion.errors import FusionError
+from lib_fusion.fusion.blend import BASE
+from lib_fusion.fusion.level import Level
+from lib_fusion.fusion.rows import Rows
+from lib_fusion.fusion.step import Step
+from lib_fusion.webui.models.aggregators import together
+from lib_fusion.webui.sampling.contexts import change_prediction, put_context, strip_marker, take_rows, weights_of
+from lib_fusion.webui.sampling.levels import alpha_of, has_timesteps, leaves_out_uncond, output_scale
+
+if TYPE_CHECKING:
+    from lib_fusion.webui.sampling.hooked_pass import FusionPass
+
+#: Where an expert's U-Net waits.
+PLACES = ("GPU", "RAM between pictures", "RAM between U-Net calls")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one U-Net call of the host: input (R,C,H,W), timesteps (R,), conditioning, and all others."""
+
+    x: torch.Tensor
+    t: torch.Tensor
+    cond: dict[str, Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] | None = None
+
+    def take(self, rows: list[int]) -> Call:
+        """The call for some of its rows only."""
+        return replace(self, x=self.x[rows], t=self.t[rows], cond=take_rows(self.cond, rows))
+
+    def by(self, function: Any, cond: dict[str, Any] | None = None) -> torch.Tensor:
+        """The result of a function with these arguments, or with another conditioning."""
+        return function(self.x, self.t, self.cond if cond is None else cond, *self.args, **(self.kwargs or {}))
+
+
+class HostStep:
+    """A step between the host's ``on_cfg_denoiser`` and ``on_cfg_denoised``, whose parameters ``params`` are.
+
+    Raises FusionError where another extension has changed the number of rows, and experts need to know them.
+    """
+
+    def __init__(self, fusion: FusionPass, params: Any) -> None:
+        self.fusion, self.denoiser, self.sigma, self._x = fusion, params.denoiser, params.sigma, params.x
+        extra = fusion.sampler.sampler_extra_args
+        self.rows = Rows(weights_of(extra["cond"]))
+        self.step: Step | None = None
+        self.is_over = False
+        self._cursor = 0
+        is_whole = self.rows.num_all == len(params.x)
+        if fusion.experts and not is_whole:
+            problem = "another extension has changed how many rows a step has"
+            raise FusionError(f"Denoiser Fusion can't tell which prompt a row belongs to: {problem}")
+        self._may_skip = fusion.session.skips is not None and is_whole and not leaves_out_uncond(
+            params.denoiser, params.sigma, extra["s_min_uncond"]
+        )  # fmt: skip
+
+    def run(self, call: Call) -> torch.Tensor:
+        """The first model's raw output (R,C,H,W) for the next rows of the step."""
+        rows = range(self._cursor, self._cursor + len(call.x))
+        if self.fusion.experts and rows.stop > self.rows.num_all:
+            expected = f"expected {self.rows.num_all} rows in a step"
+            raise FusionError(f"Denoiser Fusion {expected}, the host has asked for {rows.stop}")
+        self._cursor = rows.stop
+        timestep = float(call.t.flatten()[0])  # this waits for all that was computed before
+        self.fusion.check()
+        if self.step is None:
+            self.step = self._begin(timestep)
+        return self.step.run(rows, call.x, partial(self._predict, call, rows.start))
+
+    def end(self, params: Any) -> None:
+        """The host has all rows: writes the fused ones over them, in place."""
+        self.is_over = True
+        if self.step is None:
+            return
+        self.step.observe()
+        fused = self.step.fuse()
+        if fused is None:
+            return
+        x, rows = params.x, len(fused)
+        scale = output_scale(params.inner_model, self.sigma, self.fusion.sd_model.alphas_cumprod)[:rows]
+        x[:rows] += ((fused.float() - self.step.output().float()) * scale).to(x.dtype)
+        if rows != self.rows.num_all:  # the host has put copies of each picture's first row where the others would be
+            for i, row in enumerate(self.rows.first_rows()):
+                x[self.rows.num_cond + i] = x[row]
+
+    def _begin(self, timestep: float) -> Step:
+        sd_model, session = self.fusion.sd_model, self.fusion.session
+        value = float(self.sigma[0])
+        level = session.schedule.level(value, timestep, alpha_of(self.denoiser, value, sd_model.alphas_cumprod))
+        latents = list(self._latents(level)) if self._may_skip else None
+        whole = has_other_forward(sd_model.model.diffusion_model)
+        return Step(session, level, self.rows, latents, whole=whole, predicts_v=sd_model.parameterization == "v")
+
+    def _latents(self, level: Level) -> torch.Tensor:
+        """Each picture's latents (B,C,H,W), variance-preserving."""
+        first = self._x[self.rows.first_rows()]
+        return first if has_timesteps(self.denoiser) else first * level.signal
+
+    def _predict(self, call: Call, start: int, models: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+        """Raw output of one model, or of all in lockstep, for some rows of the step, which are in ``call``."""
+        if len(rows) < len(call.x):
+            call = call.take([row - start for row in rows])
+        if len(models) > 1:
+            return self._run_together(call, models, rows)
+        return call.by(self.fusion.original) if models[0] == BASE else self._run_expert(call, models[0], rows)
+
+    def _run_together(self, call: Call, models: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+        """AFA: one call of the base, in whose blocks the experts take part."""
+        fusion = self.fusion
+        conds = [strip_marker(call.cond), *(self._cond_of(model, call.cond, rows) for model in models[1:])]
+        empty = fusion.sd_model.cond_stage_model_empty_prompt
+        empties = [empty, *(empty if context is None else context.conditioning.empty for context in fusion.contexts)]
+        with (
+            moved([expert.unet for expert in fusion.experts] if fusion.place == PLACES[2] else []),
+            together(fusion.session.lockstep, conds, empties),
+        ):
+            return call.by(fusion.original)
+
+    def _run_expert(self, call: Call, model: int, rows: Sequence[int]) -> torch.Tensor:
+        """An expert's raw output, as a model that predicts what the base predicts would have put it."""
+        fusion, expert = self.fusion, self.fusion.experts[model - 1]
+        cond = self._cond_of(model, call.cond, rows)
+        if expert.unet is None:
+            return call.by(fusion.original, cond)
+        with (
+            moved([expert.unet] if fusion.place == PLACES[2] else []),
+            borrowed_forward(fusion.sd_model.model.diffusion_model, expert.unet),
+        ):
+            raw = call.by(fusion.original, cond)
+        if expert.model.prediction == fusion.model.prediction:
+            return raw
+        alpha = alpha_of(self.denoiser, float(self.sigma[0]), fusion.sd_model.alphas_cumprod)
+        return change_prediction(raw, call.x, alpha, fusion.model.prediction)
+
+    def _cond_of(self, model: int, cond: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+        """The host's conditioning of a call with an expert's own text states in it."""
+        context = self.fusion.contexts[model - 1]
+        if context is None:
+            return strip_marker(cond)
+        denoiser = self.denoiser
+        padded = denoiser.padded_cond_uncond or denoiser.padded_cond_uncond_v0
+        return put_context(cond, context.slice(denoiser.step, rows, padded, shared.opts.pad_cond_uncond_v0))
+
+
+@contextmanager
+def moved(unets: Iterable[nn.Module | None]) -> Iterator[None]:
+    """U-Nets that wait in RAM are on the device within; None is the base's, which the host moves."""
+    own = [unet for unet in unets if unet is not None]
+    for unet in own:
+        unet.to(devices.device)
+    try:
+        yield
+    finally:
+        for unet in own:
+            unet.to(devices.cpu)
+
+
+def has_other_forward(unet: nn.Module) -> bool:
+    """Whether another extension has put a forward on a U-Net. One that puts the old one back leaves an attribute."""
+    forward = unet.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(unet).forward
+
+
+@contextmanager
+def borrowed_forward(unet: nn.Module, other: nn.Module) -> Iterator[None]:
+    """The base's U-Net computes with another's weights for one call.
+
+    So the host prepares inputs, casts and moves modules as ever, and a forward that another extension has put on the
+    base's U-Net is out of the way and comes back.
+    """
+    previous = unet.__dict__.get("forward")
+    unet.forward = other.__call__
+    try:
+        yield
+    finally:
+        if previous is None:
+            del unet.forward
+        else:
+            unet.forward = previous

@@ -1,0 +1,54 @@
+"""The host's noise levels: read from its sampling functions and denoisers, in its own units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from modules import sd_samplers_timesteps, shared
+
+
+def levels_of(arguments: Mapping[str, Any], steps: int) -> list[float]:
+    """The noise levels of a pass, from the arguments of the host's sampling function: its sigmas, or its timesteps.
+
+    Timesteps are ascending there, and the pass ends at the first. DPM fast and adaptive have neither: they go from one
+    sigma to another, in steps that are even in the logarithm.
+    """
+    sigmas = arguments.get("sigmas", arguments.get("sigma_sched"))
+    if sigmas is not None:
+        return sigmas.tolist()
+    if "timesteps" in arguments:
+        return arguments["timesteps"].flip(0).tolist()
+    first, last = (math.log(float(arguments[f"sigma_{end}"])) for end in ("max", "min"))
+    return [math.exp(first + (last - first) * i / steps) for i in range(steps + 1)]
+
+
+def has_timesteps(denoiser: Any) -> bool:
+    """Whether a denoiser's levels are timesteps, and its latents variance-preserving; else its levels are sigmas."""
+    return isinstance(denoiser, sd_samplers_timesteps.CFGDenoiserTimesteps)
+
+
+def alpha_of(denoiser: Any, value: float, alphas: torch.Tensor) -> float:
+    """The cumulated alpha of a denoiser's noise level: the picture's share of the latents' variance."""
+    return float(alphas[int(value)]) if has_timesteps(denoiser) else 1 / (1 + value**2)
+
+
+def leaves_out_uncond(denoiser: Any, sigma: torch.Tensor, s_min_uncond: float) -> bool:
+    """Whether the host leaves out the unconditional half of this step (NGMS, Skip Early CFG), by its own rule."""
+    early = shared.opts.skip_early_cond
+    if early != 0 and denoiser.step / denoiser.total_steps <= early:
+        return True
+    return bool((denoiser.step % 2 or shared.opts.s_min_uncond_all) and s_min_uncond > 0 and sigma[0] < s_min_uncond)
+
+
+def output_scale(inner_model: Any, sigma: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+    """The change of the host's rows (R,1,1,1) by one unit of raw output: its denoisers are linear in the output."""
+    if hasattr(inner_model, "get_scalings"):
+        scale = inner_model.get_scalings(sigma)[-2]
+    elif isinstance(inner_model, sd_samplers_timesteps.CompVisTimestepsVDenoiser):
+        scale = alphas[sigma.to(torch.int)].sqrt()
+    else:
+        scale = torch.ones_like(sigma, dtype=torch.float32)
+    return scale[:, None, None, None]
