@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFont
 
 from lib_fusion.errors import SettingError
+from lib_fusion.fusion.level import Level
 from lib_fusion.fusion.policies import COMPUTED, SKIPPED
 from lib_fusion.fusion.records import AfaWatch, Keep, PictureRecords, Records
 from lib_fusion.fusion.session import FusionSession
@@ -41,8 +44,8 @@ def test_what_is_wanted_is_checked(kinds: list[str], values: dict, field: str) -
 def test_nothing_is_kept_where_nothing_is_wanted() -> None:
     settings = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], "skipping": "Forecast"})
     session = FusionSession(settings)
-    session.skips.begin_step(1.0, [torch.zeros(4, 2, 2)], False)
-    session.skips.needed(0)
+    session.skips.begin_step(False)
+    session.skips.needed(0, Level(900.0, 0.1), [torch.zeros(4, 2, 2)])
     session.begin_call(900.0, [0, 0])
     assert session.records == Records()
 
@@ -97,26 +100,30 @@ def test_passes_are_joined() -> None:
     assert first.points == POINTS
 
 
+def level_at(log_sigma: float) -> Level:
+    return Level(500.0, 1 / (1 + math.exp(2 * log_sigma)))
+
+
 def test_a_timeline_is_kept_with_the_estimates_and_models() -> None:
     settings = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], "skipping": "Forecast", "skip_warmup": 3})
     session = FusionSession(settings, keep=Keep.read(["skips"]))
     for step in range(6):
-        session.skips.begin_step(2.0 - 0.1 * step, [torch.zeros(1, 2, 2)] * 2, False)
+        session.skips.begin_step(False)
+        level = level_at(2.0 - 0.1 * step)
         for model in (0, 1) if step else (0,):
-            needed = session.skips.needed(model)
+            needed = session.skips.needed(model, level, [torch.zeros(1, 2, 2)] * 2)
             for picture in needed:
                 noise = torch.full((2, 1, 2, 2), 1.0 + step)  # a line: forecasts are right
-                session.skips.observe(model, picture, noise, torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
+                session.skips.observe(model, picture, level, noise, torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
             for picture in {0, 1} - set(needed):
-                session.skips.forecast(model, picture)
+                session.skips.forecast(model, picture, level)
     skips = session.records.of(1).skips
     assert [sorted(step) for step in skips] == [[0]] + [[0, 1]] * 5
     assert "".join(step[0][0] for step in skips) == session.skips.paths[0][1] == "###.#."
     assert skips[0][0][1] is None
     assert skips[3][0][1] == pytest.approx(0, abs=1e-4)
-    session.skips.join(True)  # in lockstep the base's decision is that of all
-    session.skips.begin_step(1.0, [torch.zeros(1, 2, 2)] * 2, False)
-    session.skips.needed(0)
+    session.skips.begin_step(True)  # in lockstep the base's decision is that of all
+    session.skips.needed(0, level_at(1.0), [torch.zeros(1, 2, 2)] * 2)
     assert set(session.records.of(0).skips[-1]) == {0, 1}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_fusion.engine.generate import Engine, _alpha_at, single
+from lib_fusion.engine.generate import Engine, alpha_at, single
 from lib_fusion.engine.samplers import make_scheduler
 from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.fusion.records import Keep
@@ -151,8 +151,8 @@ def test_v_prediction_is_converted_to_noise(pair, monkeypatch):
 def test_alphas_between_timesteps():
     alphas = make_scheduler("DDIM", 50).alphas_cumprod
     for t in (0, 1, 500, 999):
-        torch.testing.assert_close(_alpha_at(torch.tensor(float(t)), alphas), alphas[t])
-    assert alphas[501] < _alpha_at(torch.tensor(500.5), alphas) < alphas[500]
+        torch.testing.assert_close(alpha_at(torch.tensor(float(t)), alphas), alphas[t])
+    assert alphas[501] < alpha_at(torch.tensor(500.5), alphas) < alphas[500]
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,14 @@ import torch
 from benchmarks import skip as bench_skip
 from benchmarks import skip_path as bench_path
 from benchmarks.measures import psnr, ssim
-from lib_fusion.engine.corrections import SamplerSteps
+from lib_fusion.engine.corrections import CorrectedSampler
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.samplers import make_scheduler
+from lib_fusion.fusion.level import Level
 from lib_fusion.fusion.policies import COMPUTED, SKIPPED, Correction
+from lib_fusion.fusion.rows import Rows
 from lib_fusion.fusion.session import FusionSession
+from lib_fusion.fusion.step import Step
 from lib_fusion.requests.settings import GENERATION_PARAMETERS, ExpertSettings, FusionSettings, GenerationSettings
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
@@ -105,17 +108,21 @@ def test_correction_is_the_sampler_with_the_right_noises(sampler, runs):
     right = [torch.randn(2, 2, 4, 3, 3, generator=generator) for _ in range(steps)]
     changes = {i: torch.randn(2, 4, 3, 3, generator=generator) for found in runs.values() for i in found}
 
+    def level_of(i: int) -> Level:
+        return Level(500.0, 0.05 * (i + 1))
+
     def sample(noises: list[torch.Tensor], corrects: bool) -> torch.Tensor:
         scheduler = make_scheduler(sampler, steps)
-        session = FusionSession(replace(ON, skip_max=2))
-        taken = SamplerSteps(scheduler, session, 5.0)
+        session = FusionSession(replace(ON, skip_max=2), guidance_scale=5.0)
+        taken = CorrectedSampler(scheduler, session)
         x = start * scheduler.init_noise_sigma
         for i, t in enumerate(scheduler.timesteps):
-            taken.sampler.scale_model_input(x, t)
-            session.skips.log_sigma = -float(i)
+            taken.scheduler.scale_model_input(x, t)
+            step = Step(session, level_of(i), Rows.plain(2), None)
+            step.run(range(4), x, lambda _models, _rows, i=i: torch.cat([*noises[i].unbind(1)]))
             found = runs.get(i, []) if corrects else []
-            x = taken.correct([Correction(0, 1, -float(j), changes[j]) for j in found], x)
-            x = taken.take({0: noises[i].clone()}, t, x)
+            x = taken.correct([Correction(0, 1, level_of(j).log_sigma, changes[j]) for j in found], x)
+            x = taken.take(step, t, x)
         return x
 
     used = [noise.clone() for noise in right]

@@ -65,24 +65,24 @@ def test_estimator_decides_as_the_official_code_on_a_thousand_sequences():
 
 def test_estimator_decides_as_the_official_code_on_real_latents():
     pytest.importorskip("diffusers")
-    from lib_fusion.engine.corrections import SamplerSteps
+    from lib_fusion.engine.corrections import CorrectedSampler
     from lib_fusion.engine.generate import Engine
     from lib_fusion.fusion.session import FusionSession
     from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 
     engine = Engine(Path(__file__).resolve().parents[2] / "demo/general.safetensors")
     latents: list[torch.Tensor] = []
-    take = SamplerSteps.take
+    take = CorrectedSampler.take
 
-    def record(self, noises, t, latent):
-        latents.append(take(self, noises, t, latent))
+    def record(self, step, t, latent):
+        latents.append(take(self, step, t, latent))
         return latents[-1]
 
     reuses = 0
     for sampler in ("DDIM", "DPM++ 2M Karras", "Euler Karras"):
         latents.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(SamplerSteps, "take", record)
+            patch.setattr(CorrectedSampler, "take", record)
             generation = GenerationSettings(("a dog, flat drawing",), width=128, height=128, steps=40, sampler=sampler)
             engine.denoise([("a dog, flat drawing", 3)], generation, FusionSession(FusionSettings()))
         estimator = ThirdOrderEstimator()

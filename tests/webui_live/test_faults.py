@@ -23,7 +23,8 @@ from tests.webui_live.host import Host
 
 SMALL = {"width": 64, "height": 64, "steps": 4}
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
-W, M, U = "lib_fusion.webui.", "lib_fusion.methods.", "lib_fusion.unet."
+W, M, U = "lib_fusion.webui.", "lib_fusion.methods.", "lib_fusion.fusion."
+S, L = W + "sampling.", W + "models."
 FREEU = {"freeu": "Custom", "freeu_b3": 1.3, "freeu_s3": 0.7}
 SKIPPING = {"skipping": "Forecast", "skip_tolerance": 10, "steps": 12}
 UNIFORM = {"method": "AFA", "afa_maps": "uniform"}
@@ -209,7 +210,7 @@ def test_aggregator_file_changes_after_it_was_chosen(client: Client, aggregator:
                 aggregator.write_bytes(content)
             fails(client, fusion, rf"^422: afa_aggregator: 'faulty' is not allowed; .*({told})", model="tiny_a")
     aggregator.write_bytes(whole)
-    for target in ("aggregators:AggregatorCache.load", "sampling:make_lockstep"):
+    for target in ("models.aggregators:AggregatorCache.load", "sampling.hooked_pass:make_lockstep"):
         with Inject(client, W + target, "delete", file=str(aggregator)):
             fails(client, fusion, "no such", model="tiny_a")
         aggregator.write_bytes(whole)
@@ -226,8 +227,8 @@ def test_a_prediction_that_is_no_number_is_named(
 ) -> None:
     """At any step, the last one too; it is blended into no picture."""
     cases = [
-        (W + "sampling:FusionPass._run_expert", expert(names.expert), rf"expert 1 \({names.expert}"),
-        (W + "sampling:FusionPass._run_expert", expert(names.expert, method="Average"), rf"expert 1 \({names.expert}"),
+        (S + "host_step:HostStep._run_expert", expert(names.expert), rf"expert 1 \({names.expert}"),
+        (S + "host_step:HostStep._run_expert", expert(names.expert, method="Average"), rf"expert 1 \({names.expert}"),
         (U + "lockstep:Lockstep._run_experts", expert(names.expert, **UNIFORM), rf"expert 1 \({names.expert}"),
         (U + "lockstep:Lockstep._aggregate", expert(names.expert, **UNIFORM), "the base|the aggregator uniform"),
     ]
@@ -245,8 +246,9 @@ def test_a_prediction_that_is_no_number_is_named(
 def test_out_of_memory(client: Client, names: Names, unhurt: None, kind: str) -> None:
     """The experts are unloaded, so that the next picture has room, and the sentence says what can be done."""
     client.ask("/probe/state")
-    places = [("experts:load_unet", 1), ("encoders:put_weights", 1), ("sampling:FusionPass.attach", 1)]
-    places += [("sampling:FusionPass._run_expert", call) for call in (1, 3)]
+    places = [("models.experts:load_unet", 1), ("models.text_encoders:put_weights", 1)]
+    places += [("sampling.hooked_pass:FusionPass.attach", 1)]
+    places += [("sampling.host_step:HostStep._run_expert", call) for call in (1, 3)]
     for target, call in places:
         client.draw(expert(names.copy), **SMALL)  # another expert is loaded
         with Inject(client, W + target, kind, call):
@@ -267,43 +269,50 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
         "Job.add", "_tell")],
     (W + "script:_has_pass", 1, {"passes": "hires"}, HIRES),
     (W + "script:compare.keep_request", 1, {"compare": True}, {}),
-    # a pass: made, attached, told the levels, taken off
-    *[(W + f"launch:{name}", 1, TWO, {}) for name in (
-        "launch", "prepare", "find_checkpoint", "check_base", "told_levels")],
-    *[(W + f"sampling:{name}", 1, TWO, {}) for name in (
-        "FusionPass.__init__", "FusionPass.attach", "FusionPass.detach", "set_tiling")],
-    (W + "launch:levels_of", 1, FREEU, {}),
+    # a pass: made, attached, given the levels, taken off
+    *[(S + f"launch:{name}", 1, TWO, {}) for name in (
+        "launch", "prepare", "find_checkpoint", "check_base", "announced_levels")],
+    *[(S + f"hooked_pass:{name}", 1, TWO, {}) for name in (
+        "FusionPass.__init__", "FusionPass.attach", "FusionPass.detach", "FusionPass.finish", "set_tiling")],
+    (S + "launch:levels_of", 1, FREEU, {}),
     (W + "runtime:Runtime._guard", 1, TWO, {}),
-    *[(W + f"experts:{name}", 1, TWO, {}) for name in (
+    *[(L + f"experts:{name}", 1, TWO, {}) for name in (
         "ExpertCache.acquire", "check_fits", "load_unet", "read_weights", "check_finite", "built_as_told")],
-    *[(W + f"text:{name}", 1, TWO, {}) for name in (
-        "TextCache.tell", "prompts_of", "encode")],
-    *[(W + f"encoders:{name}", 1, TWO, {}) for name in ("clone_module", "put_weights", "strip_loras")],
+    *[(L + f"conditioning:{name}", 1, TWO, {}) for name in (
+        "TextCache.encode", "prompts_of", "encode")],
+    *[(L + f"text_encoders:{name}", 1, TWO, {}) for name in ("clone_module", "put_weights", "strip_loras")],
     # callbacks and the wrapper of apply_model, at the first call and in the middle
-    *[(W + f"sampling:{name}", call, TWO, {}) for call in (1, 3) for name in (
-        "FusionPass.begin_step", "FusionPass.apply_model", "FusionPass.end_step", "FusionPass._fuse",
-        "FusionPass._run_expert", "FusionPass._scale", "borrowed_forward", "weights_of", "put_context")],
-    *[(f"lib_fusion.fusion.session:FusionSession.{name}", call, TWO, {}) for call in (1, 3) for name in (
-        "models_at", "fuse_rows", "winner", "using_freeu", "count", "watch", "check", "in_lockstep")],
-    (W + "rows:Context.slice", 2, TWO, {}),
-    (W + "sampling:moved", 2, TWO, {"settings": {"denoiser_fusion_place": "RAM between U-Net calls"}}),
+    *[(S + f"hooked_pass:{name}", call, TWO, {}) for call in (1, 3) for name in (
+        "FusionPass.begin_step", "FusionPass.apply_model", "FusionPass.end_step", "FusionPass.check")],
+    *[(S + f"host_step:{name}", call, TWO, {}) for call in (1, 3) for name in (
+        "HostStep.__init__", "HostStep.run", "HostStep._begin", "HostStep._predict", "HostStep._run_expert",
+        "HostStep.end", "output_scale", "borrowed_forward", "weights_of", "put_context", "alpha_of")],
+    *[(f"lib_fusion.fusion.{name}", call, TWO, {}) for call in (1, 3) for name in (
+        "session:FusionSession.using_freeu", "session:FusionSession.count", "session:FusionSession.watch",
+        "session:FusionSession.check", "blend:Blend.models_at", "blend:Blend.in_lockstep", "blend:Blend.fuse",
+        "blend:Blend._decide", "step:Step.__init__", "step:Step.run", "step:Step.observe", "step:Step.fuse",
+        "step:Step._predict", "rows:Rows.combine")],
+    (S + "contexts:Context.slice", 2, TWO, {}),
+    (S + "host_step:moved", 2, TWO, {"settings": {"denoiser_fusion_place": "RAM between U-Net calls"}}),
     # AFA's hooks
     *[(U + f"lockstep:Lockstep.{name}", call, UNIFORM, {}) for call in (1, 3) for name in (
         "_begin", "_run_experts", "_aggregate", "_keep_last", "_out", "_end", "_forget", "running")],
     *[(U + f"lockstep:Lockstep.{name}", 1, UNIFORM, {}) for name in ("__init__", "attach")],
-    (W + "sampling:make_lockstep", 1, UNIFORM, {}),
-    (W + "sampling:together", 3, UNIFORM, {}),
+    (S + "hooked_pass:make_lockstep", 1, UNIFORM, {}),
+    (S + "host_step:together", 3, UNIFORM, {}),
     # FreeU's
-    (W + "sampling:attach_freeu", 1, FREEU, {}),
+    (S + "hooked_pass:attach_freeu", 1, FREEU, {}),
     *[(M + "freeu:FreeU.edit_", call, FREEU, {}) for call in (1, 9)],
     # skipping's
-    *[(W + f"skipping:{name}", call, SKIPPING, {}) for call in (1, 2) for name in (
-        "StepSkips.__init__", "StepSkips.run", "StepSkips.end", "Corrector.after_model", "row_weights",
-        "StepSkips._keep")],
-    (W + "skipping:Corrector._correct", 1, SKIPPING, {}),
-    (W + "sampling:FusionPass.begin_skipping", 1, SKIPPING, {}),
+    *[(f"lib_fusion.fusion.step:Step.{name}", call, SKIPPING, {}) for call in (1, 2) for name in (
+        "_computed", "_keep", "guidance")],
+    ("lib_fusion.fusion.step:Step._with_forecasts", 6, SKIPPING, {}),
+    (S + "correcting:EulerCorrector.after_model", 1, SKIPPING, {}),
+    (S + "correcting:EulerCorrector.after_model", 2, SKIPPING, {}),
+    (S + "correcting:EulerCorrector._replay", 1, SKIPPING, {}),
+    (S + "hooked_pass:FusionPass.begin_skipping", 1, SKIPPING, {}),
     *[(f"lib_fusion.fusion.policies:Skips.{name}", 1, SKIPPING, {}) for name in (
-        "begin_step", "needed", "observe", "forecast", "take_corrections", "join")],
+        "begin_step", "needed", "observe", "forecast", "take_corrections")],
 ]  # fmt: skip
 
 
@@ -319,7 +328,7 @@ def test_every_hook_and_callback_breaks_once(client: Client, names: Names, unhur
         answer = ask(client, expert(names.expert, **more), None, **steps, **changes)
         assert client.ask("/probe/restore")["fired"], f"{target} was not reached"
         assert isinstance(answer, str), f"{target}, call {call}: a picture was made"
-        assert re.search(r"the probe has broken this|could not read|tells of no steps", answer), (target, answer)
+        assert re.search(r"the probe has broken this|could not read|announces no steps", answer), (target, answer)
         assert small(client).same_as(off), target
         state = client.state()
         assert (state["hooks"], state["replaced"], client.fusion()["running"]) == (0, [], False), target
@@ -329,7 +338,7 @@ def test_every_hook_and_callback_breaks_once(client: Client, names: Names, unhur
 #: What happens when the pictures are there already.
 AFTER = [(W + "script:gallery.add_previews", {"denoiser_fusion_preview_masks": True}, {}, "preview"),
          (W + "script:compare.add_comparison", {}, {"compare": True}, "comparison"),
-         (W + "compare:images.draw_grid_annotations", {}, {"compare": True}, "comparison"),
+         (W + "panel.compare:images.draw_grid_annotations", {}, {"compare": True}, "comparison"),
          (W + "script:runtime.drop_leftovers", {}, {}, "")]  # fmt: skip
 
 

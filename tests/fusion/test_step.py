@@ -1,0 +1,338 @@
+"""A step of N models: which of them run for which rows, and how their outputs become one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib_fusion.errors import FusionError
+from lib_fusion.fusion.level import Level, Schedule
+from lib_fusion.fusion.policies import Skips
+from lib_fusion.fusion.records import Keep
+from lib_fusion.fusion.rows import Rows
+from lib_fusion.fusion.session import FusionSession
+from lib_fusion.fusion.step import Step
+from lib_fusion.methods import snb
+from lib_fusion.requests.settings import FusionSettings
+
+SIZE = (6, 10)
+Noises = dict[int, torch.Tensor]
+
+
+def session(experts: int = 1, **values) -> FusionSession:
+    mask = values.pop("fixed_mask", None)
+    settings = FusionSettings.from_dict({"experts": [{"checkpoint": str(i)} for i in range(experts)], **values})
+    return FusionSession(settings, fixed_mask=mask, keep=Keep.read(["masks"]), guidance_scale=7)
+
+
+def predictions(models: int, seed: int = 0) -> tuple[Noises, Noises]:
+    """Conditional and unconditional noise of two pictures, by model."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [{i: torch.randn(2, 4, *SIZE, generator=generator) for i in range(models)} for _ in range(2)]
+    return made[0], made[1]
+
+
+class Models:
+    """Models with given outputs; ``calls`` are those that were asked for: (models, rows)."""
+
+    def __init__(self, outputs: Noises) -> None:
+        self.outputs, self.calls = outputs, []
+
+    def __call__(self, models: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+        self.calls.append((tuple(models), list(rows)))
+        return self.outputs[models[0]][list(rows)].clone()
+
+
+def halves(cond: Noises, uncond: Noises) -> Models:
+    return Models({i: torch.cat([cond[i], uncond[i]]) for i in cond})
+
+
+def take(s: FusionSession, t: float, cond: Noises, uncond: Noises) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both halves of the fused noise of a step at this timestep."""
+    step = Step(s, Level(t, 0.5), Rows.plain(2))
+    models = halves(cond, uncond)
+    step.run(range(4), torch.zeros(4, 4, *SIZE), models)
+    assert [call for (call,), _ in models.calls] == list(step.models)
+    step.observe()
+    fused = step.fuse()
+    return (step.output() if fused is None else fused).chunk(2)
+
+
+def models_at(s: FusionSession, t: float) -> tuple[int, ...]:
+    return Step(s, Level(t, 0.5), Rows.plain(2)).models
+
+
+def test_without_experts_only_the_base_runs():
+    assert models_at(session(experts=0), 500) == (0,)
+
+
+@pytest.mark.parametrize(("outside", "alone"), [("base", 0), ("expert", 1)])
+def test_outside_the_window_one_model_runs_and_is_untouched(outside, alone):
+    s = session(experts=2, snb_window="600:300", snb_outside=outside)
+    assert models_at(s, 601) == models_at(s, 300) == (alone,)
+    assert models_at(s, 600) == models_at(s, 301) == (0, 1, 2)
+    cond, uncond = predictions(3)
+    c, u = take(s, 700, {alone: cond[alone]}, {alone: uncond[alone]})
+    assert torch.equal(c, cond[alone])
+    assert torch.equal(u, uncond[alone])
+
+
+@pytest.mark.parametrize("method", ["SNB", "AFA"])
+def test_outside_the_window_all_may_be_averaged(method):
+    s = session(experts=2, method=method, snb_window="600:300", snb_outside="average")
+    assert models_at(s, 700) == models_at(s, 500) == (0, 1, 2)
+    assert not Step(s, Level(700, 0.5), Rows.plain(2)).is_joint
+    assert Step(s, Level(500, 0.5), Rows.plain(2)).is_joint == (method == "AFA")
+    cond, uncond = predictions(3)
+    c, u = take(s, 700, cond, uncond)
+    torch.testing.assert_close(c, (cond[0] + cond[1] + cond[2]) / 3)
+    torch.testing.assert_close(u, (uncond[0] + uncond[1] + uncond[2]) / 3)
+    assert s.records.masks == []
+
+
+@pytest.mark.parametrize("variant", ["own", "code"])
+def test_snb_takes_the_unconditional_of_the_variant(variant):
+    cond, uncond = predictions(3)
+    s = session(experts=2, snb_saliency=variant, k_general=2, k_expert=3)
+    c, u = take(s, 500, cond, uncond)
+    saliencies = [snb.saliency(cond[i], uncond[i if variant == "own" else 0], 7) for i in range(3)]
+    index = snb.winner(snb.log_maps(saliencies, [2, 3, 3]))
+    assert torch.equal(c, snb.select(index, cond))
+    assert torch.equal(u, snb.select(index, uncond))
+    assert torch.equal(s.records.masks[0].winner, index)
+
+
+def test_experts_equal_to_the_base_change_nothing():
+    cond, uncond = predictions(1)
+    for method in ("SNB", "Mask"):
+        s = session(experts=1, method=method, fixed_mask=torch.ones(1, 1, 3, 5, dtype=torch.bool))
+        c, u = take(s, 500, dict.fromkeys(range(2), cond[0]), dict.fromkeys(range(2), uncond[0]))
+        assert torch.equal(c, cond[0])
+        assert torch.equal(u, uncond[0])
+
+
+def test_average():
+    cond, uncond = predictions(3)
+    c, _ = take(session(experts=2, method="Average"), 500, cond, uncond)
+    torch.testing.assert_close(c, (cond[0] + cond[1] + cond[2]) / 3)
+
+
+def test_fixed_mask_is_resized_to_the_latent():
+    mask = torch.zeros(1, 1, 48, 80, dtype=torch.bool)
+    mask[..., 40:] = True
+    cond, uncond = predictions(2)
+    c, _ = take(session(method="Mask", fixed_mask=mask), 500, cond, uncond)
+    assert torch.equal(c[..., :5], cond[0][..., :5])
+    assert torch.equal(c[..., 5:], cond[1][..., 5:])
+
+
+def test_a_held_mask_spares_models_without_a_position():
+    s = session(experts=1, snb_hold=900)
+    cond, uncond = predictions(2)
+    take(s, 981, cond, uncond)
+    assert models_at(s, 901) == (0, 1)
+    # Both maps alike: every position is a tie, which the base keeps, so the expert has no position once it is held.
+    alone = session(experts=1, snb_hold=900)
+    take(alone, 981, dict.fromkeys(range(2), cond[0]), dict.fromkeys(range(2), uncond[0]))
+    assert models_at(alone, 881) == (0,)
+    c, _ = take(alone, 881, {0: cond[0]}, {0: uncond[0]})
+    assert torch.equal(c, cond[0])
+
+
+def test_held_mask_is_the_one_accumulated():
+    s = session(experts=1, snb_hold=900)
+    steps = [predictions(2, seed) for seed in range(4)]
+    for t, (cond, uncond) in zip((981, 961, 881, 861), steps, strict=True):
+        take(s, t, cond, uncond)
+    logs = [
+        snb.log_maps([snb.saliency(cond[i], uncond[i], 7) for i in range(2)], [1, 1]) for cond, uncond in steps[:2]
+    ]
+    expected = snb.winner(logs[0] + logs[1])
+    assert torch.equal(s.records.masks[2].winner, expected)
+    assert torch.equal(s.records.masks[3].winner, expected)
+
+
+def test_counts():
+    s = session(experts=1)
+    s.count(0, 4)
+    s.count(0, 2)
+    s.count(1, 4)
+    assert (s.calls, s.rows) == ([2, 1], [6, 4])
+
+
+@given(cuts=st.sets(st.integers(1, 5)), seed=st.integers(0, 99))
+def test_the_calls_that_the_rows_come_in_do_not_matter(cuts: set[int], seed: int) -> None:
+    """Two pictures of two AND parts each: six rows, in any number of calls."""
+    outputs = {i: torch.randn(6, 4, *SIZE, generator=torch.Generator().manual_seed(seed + i)) for i in range(2)}
+    rows = Rows([[1.0, 0.5], [1.0, 0.5]])
+    fused = []
+    for edges in ([0, 6], [0, *sorted(cuts), 6]):
+        s, models = session(), Models(outputs)
+        step = Step(s, Level(500, 0.5), rows)
+        for start, stop in itertools.pairwise(edges):
+            first = step.run(range(start, stop), torch.zeros(stop - start, 4, *SIZE), models)
+            assert torch.equal(first, outputs[0][start:stop])
+        fused.append(step.fuse())
+        assert s.calls == [len(edges) - 1] * 2
+        assert s.rows == [6, 6]
+    assert torch.equal(fused[0], fused[1])
+    combined = [rows.combine(outputs[i]) for i in range(2)]
+    mask = snb.expert_mask(*(snb.saliency(c, u, 7) for c, u in combined))
+    expected = snb.blend(mask[[0, 0, 1, 1, 0, 1]], outputs[0], outputs[1])
+    torch.testing.assert_close(fused[0], expected, rtol=0, atol=0)
+
+
+def test_without_the_unconditional_half_the_last_mask_is_used() -> None:
+    s = session()
+    cond, uncond = predictions(2)
+    models = halves(cond, uncond)
+
+    def half() -> torch.Tensor | None:
+        step = Step(s, Level(500, 0.5), Rows.plain(2))
+        step.run(range(2), torch.zeros(2, 4, *SIZE), models)
+        return step.fuse()
+
+    assert half() is None  # no mask yet: the base's output stands
+    c, _ = take(s, 500, cond, uncond)
+    assert torch.equal(half(), c)
+
+
+class EverySecond:
+    """A policy that skips its second step and forecasts a number."""
+
+    errors: list[float] = []
+
+    def __init__(self, forecast: float) -> None:
+        self.value, self.steps, self.seen = forecast, 0, []
+
+    def may_skip(self, log_sigma: float, latent: torch.Tensor) -> bool:
+        self.steps += 1
+        return self.steps == 2
+
+    def forecast(self, log_sigma: float) -> torch.Tensor:
+        return torch.full((2, 4, *SIZE), self.value)
+
+    def observe(self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor) -> list:
+        self.seen.append((log_sigma, noise.clone(), weights.flatten().tolist()))
+        return []
+
+
+@pytest.mark.parametrize("predicts_v", [False, True])
+@pytest.mark.parametrize("splits", [[4], [2, 2], [3, 1]])
+def test_rows_that_are_not_needed_are_forecast(predicts_v: bool, splits: list[int]) -> None:
+    """Picture 1 is forecast in the second step, as noise, and put into the rows as the model's own prediction."""
+    policies = {0: EverySecond(0.0), 1: EverySecond(0.25)}
+    policies[0].steps = 5  # never skips
+    s = session(experts=0, skipping="Forecast")
+    s.skips = Skips(s.settings, make=lambda _model, picture: policies[picture])
+    cond, uncond = predictions(1)
+    models = halves(cond, uncond)
+    x = torch.randn(4, 4, *SIZE, generator=torch.Generator().manual_seed(9))
+    for alpha in (0.2, 0.5):
+        level = Level(500, alpha)
+        step = Step(s, level, Rows.plain(2), list(x[:2]), predicts_v=predicts_v)
+        models.calls.clear()
+        start, outputs = 0, []
+        for n in splits:
+            outputs.append(step.run(range(start, start + n), x[start : start + n], models))
+            start += n
+        step.observe()
+    output = torch.cat(outputs)
+    assert [row for _, rows in models.calls for row in rows] == [0, 2]
+    assert torch.equal(output[[0, 2]], models.outputs[0][[0, 2]])
+    a, b = (0.5**0.5, 0.5**0.5) if predicts_v else (1.0, 0.0)
+    torch.testing.assert_close(a * output[[1, 3]] + b * x[[1, 3]], torch.full((2, 4, *SIZE), 0.25))
+    assert s.rows == [4 + 2]
+    assert s.skipped_rows == [2]
+    log_sigma, noise, weights = policies[0].seen[1]
+    assert log_sigma == pytest.approx(0)
+    torch.testing.assert_close(noise, a * models.outputs[0][[0, 2]] + b * x[[0, 2]])
+    assert weights == [7, -6]
+    assert len(policies[1].seen) == 1
+
+
+def test_a_whole_model_runs_for_all_pictures_or_for_none() -> None:
+    policies = {0: EverySecond(0.0), 1: EverySecond(0.0)}
+    policies[0].steps = 5
+    s = session(experts=0, skipping="Forecast")
+    s.skips = Skips(s.settings, make=lambda _model, picture: policies[picture])
+    models = halves(*predictions(1))
+    for _ in range(2):
+        step = Step(s, Level(500, 0.5), Rows.plain(2), list(torch.zeros(2, 4, *SIZE)), whole=True)
+        step.run(range(4), torch.zeros(4, 4, *SIZE), models)
+        step.observe()
+    assert [rows for _, rows in models.calls] == [[0, 1, 2, 3]] * 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_output_that_is_no_number_is_named(value: float) -> None:
+    s = session(experts=2)
+    cond, uncond = predictions(3)
+    uncond[2][1, 0, 3, 3] = value
+    take(s, 500, cond, uncond)
+    with pytest.raises(FusionError, match=r"expert 2 \(1\) has predicted infinite values or NaN"):
+        s.check()
+    s.check()  # said once
+
+
+def test_shares_are_parts_or_places() -> None:
+    cond, uncond = predictions(2)
+    for method, share in (("Average", 0.5), ("SNB", None)):
+        s = session(method=method)
+        step = Step(s, Level(500, 0.5), Rows.plain(2))
+        step.run(range(4), torch.zeros(4, 4, *SIZE), halves(cond, uncond))
+        step.fuse()
+        for model in range(2):
+            expected = share or (s.records.masks[0].winner[1] == model).float()
+            assert torch.equal(torch.as_tensor(step.share(model, 1)), torch.as_tensor(expected))
+
+
+def test_a_correction_changes_the_rows_of_its_picture() -> None:
+    s = session()
+    cond, uncond = predictions(2)
+    step = Step(s, Level(500, 0.5), Rows.plain(2))
+    step.run(range(4), torch.zeros(4, 4, *SIZE), halves(cond, uncond))
+    change = torch.randn(2, 4, *SIZE)
+    step.correct(1, 1, change)
+    torch.testing.assert_close(step.output(1)[[1, 3]], torch.stack([cond[1][1], uncond[1][1]]) + change)
+    assert torch.equal(step.output(1)[[0, 2]], torch.stack([cond[1][0], uncond[1][0]]))
+    assert torch.equal(step.output(0), torch.cat([cond[0], uncond[0]]))
+
+
+@given(weights=st.lists(st.lists(st.floats(-2, 2), min_size=1, max_size=3), min_size=1, max_size=3))
+def test_the_table_of_rows(weights: list[list[float]]) -> None:
+    rows = Rows(weights)
+    flat = [(picture, part) for picture, parts in enumerate(weights) for part in range(len(parts))]
+    assert rows.owners == [picture for picture, _ in flat] + list(range(len(weights)))
+    assert rows.num_all == len(flat) + len(weights)
+    seen = [rows.rows_of(picture) for picture in range(rows.num_pictures)]
+    assert sorted(row for found in seen for row in found) == list(range(rows.num_all))
+    values = torch.randn(rows.num_all, 4, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cond, uncond = rows.combine(values)
+    for picture, found in enumerate(seen):
+        assert all(rows.owners[row] == picture for row in found)
+        assert found[0] == rows.first_rows()[picture]
+        *parts, last = values[found]
+        assert torch.equal(uncond[picture], last)
+        expected = last + sum(w * (part - last) for w, part in zip(weights[picture], parts))
+        torch.testing.assert_close(cond[picture], expected, rtol=1e-9, atol=1e-9)
+        guided = (rows.guidance(3.0, values.device)[picture].double() * values[found]).sum(0)
+        torch.testing.assert_close(guided, last + 3 * (expected - last), rtol=1e-5, atol=1e-5)
+
+
+def test_a_level_in_its_three_ways() -> None:
+    level = Level(500.0, 0.2)
+    assert level.log_sigma == pytest.approx(math.log(2))  # sigma^2 = (1 - alpha) / alpha
+    assert level.signal**2 + level.noise**2 == pytest.approx(1)
+    schedule = Schedule([14.0, 6.0, 2.0, 0.0])
+    levels = [schedule.level(value, 500, 0.2) for value in (14.0, 6.0, 4.0, 2.0)]
+    assert [level.position for level in levels] == [0, 1, 1.5, 2]
+    assert [level.is_last for level in levels] == [False, False, False, True]
+    assert replace(levels[0], position=0.0) == Level(500, 0.2)
