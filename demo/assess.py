@@ -12,62 +12,24 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from demo.concepts import CATEGORIES, CATEGORY_OF, CONCEPTS, STYLES, is_held_out, scene_caption, single_caption
+from demo.concepts import CATEGORIES, CATEGORY_OF, CONCEPTS, STYLES, single_caption
 from demo.data import render
 from demo.experts import Latents, alphas_cumprod
-from lib_fusion.engine.demo_sheet import ENSEMBLES, afa_settings, average_first
+from demo.report import write_report
+from demo.scenes import CFGS, LAYOUTS, MODELS, RMS_BOUND, SEEDS, TIMESTEPS, Scene, methods, scenes
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import VAE_SCALE, quiet_libraries
 from lib_fusion.engine.sheets import sheet
 from lib_fusion.fusion.session import FusionSession
-from lib_fusion.requests.settings import ExpertSettings, FusionSettings, GenerationSettings
+from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 
 HERE = Path(__file__).resolve().parent
-MODELS = ("general", *CATEGORIES)
-LAYOUTS = ("left/right", "swapped", "above/below", "sides not named")
-RMS_BOUND = 0.6
-HOLD = 900.0
-CFGS = (4.0, 7.5)
-SEEDS = (1001, 2002)
-TIMESTEPS = (150, 400, 650)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A held-out pair of an animal and a vehicle in one layout; ``first`` stands left or above."""
-
-    first: str
-    second: str
-    style: str
-    layout: str
-    vertical: bool
-
-    @property
-    def caption(self) -> str:
-        words = {"above/below": "above", "sides not named": "and"}.get(self.layout, "left")
-        return scene_caption(self.first, self.second, words, self.style)
-
-
-def scenes(pairs: int) -> list[Scene]:
-    """``pairs`` held-out pairs for each of the four layouts, spread over concepts, styles, orders."""
-    held = [(a, v) for a in CATEGORIES["animals"] for v in CATEGORIES["vehicles"] if is_held_out(a, v)]
-    order = torch.randperm(len(held), generator=torch.Generator().manual_seed(5)).tolist()
-    result = []
-    for i, layout in enumerate(LAYOUTS):
-        for n in range(pairs):
-            animal, vehicle = held[order[(i * pairs + n) % len(held)]]
-            turned = layout == "swapped" or (layout in LAYOUTS[2:] and n % 2 == 1)
-            first, second = (vehicle, animal) if turned else (animal, vehicle)
-            vertical = layout == "above/below" or (layout == "sides not named" and n % 4 >= 2)
-            result.append(Scene(first, second, list(STYLES)[n // 2 % 2], layout, vertical))
-    return result
 
 
 def load_engine(*names: str) -> Engine:
@@ -134,30 +96,6 @@ class Scorer:
             scores["both rms"] = float(max(scores["rms animals"], scores["rms vehicles"]) < RMS_BOUND)
             results.append(scores)
         return max(results, key=lambda s: (s["both"], -s["rms animals"] - s["rms vehicles"]))
-
-
-def methods() -> dict[str, tuple[tuple[str, ...], FusionSettings]]:
-    """Name -> (models, settings). A: animals, B: vehicles."""
-    two = FusionSettings(experts=(ExpertSettings("expert"),))
-    pair = ("animals", "vehicles")
-    return {
-        "general alone": (("general",), FusionSettings()),
-        "A alone": (("animals",), FusionSettings()),
-        "B alone": (("vehicles",), FusionSettings()),
-        "average A + B": (pair, replace(two, method="Average")),
-        "SNB own, A + B": (pair, two),
-        "SNB code, A + B": (pair, replace(two, snb_saliency="code")),
-        "SNB own, mask held": (pair, replace(two, snb_hold=HOLD)),
-        "SNB code, mask held": (pair, replace(two, snb_hold=HOLD, snb_saliency="code")),
-        "fixed mask (oracle)": (pair, replace(two, method="Mask")),
-        "SNB code, general + A": (("general", "animals"), replace(two, snb_saliency="code")),
-        "SNB code, general + B": (("general", "vehicles"), replace(two, snb_saliency="code")),
-        "AFA untrained, A + B": (pair, replace(two, method="AFA", afa_maps="uniform")),
-    } | {
-        f"{name}, {' + '.join(models)}": (models, change(afa_settings(file, models)))
-        for file, models in ENSEMBLES.items()
-        for name, change in {"AFA": lambda afa: afa, "average, then AFA": average_first}.items()
-    }
 
 
 def oracle_masks(group: Sequence[Scene]) -> torch.Tensor:
@@ -335,8 +273,6 @@ def main() -> None:
     if args.part in (None, "sheet"):
         draw_sheet(HERE.parent / "docs" / "demo-models.png")
     if args.part in (None, "report"):
-        from demo.report import write_report
-
         print(write_report(args.results, HERE.parent / "docs"))
 
 

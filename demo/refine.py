@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from demo.assess import HERE, MODELS, load_engine, reference_latents
+from demo.assess import HERE, load_engine, reference_latents
 from demo.experts import train_model
 from demo.export import export
+from demo.scenes import MODELS
 from lib_fusion.engine.loader import quiet_libraries
 
 

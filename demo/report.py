@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from demo.assess import HOLD, LAYOUTS, MODELS, RMS_BOUND, TIMESTEPS, methods
 from demo.concepts import CATEGORIES
+from demo.scenes import HOLD, LAYOUTS, MODELS, RMS_BOUND, TIMESTEPS, methods
 
 INTRO = """# What the demo's models can do, and what fusing them gives
 
