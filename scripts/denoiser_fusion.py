@@ -1,7 +1,10 @@
-"""Denoiser Fusion in the WebUI: the script class and the registration of callbacks, nothing else."""
+"""Denoiser Fusion in the WebUI: the script class, the log's first line and the callbacks, nothing else."""
 
-from modules import script_callbacks, scripts
+import os
 
+from modules import launch_utils, script_callbacks, scripts
+
+from lib_fusion import log
 from lib_fusion.webui import script
 from lib_fusion.webui.panel import api, panel, xyz
 from lib_fusion.webui.runtime import runtime
@@ -34,6 +37,7 @@ class DenoiserFusionScript(scripts.Script):
         script.end(p, processed)
 
 
+log.start(f"WebUI {launch_utils.git_tag()}", launch_utils.args.loglevel or os.environ.get("SD_WEBUI_LOG_LEVEL"))
 script_callbacks.on_cfg_denoiser(runtime.begin_step)
 script_callbacks.on_cfg_denoised(runtime.end_step)
 script_callbacks.on_before_ui(xyz.add_axes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lib_fusion.errors import FusionError
+from lib_fusion.log import logger
 from lib_fusion.webui.models.aggregators import AggregatorCache
 from lib_fusion.webui.models.conditioning import TextCache
 from lib_fusion.webui.models.experts import ExpertCache
@@ -26,11 +27,14 @@ class Runtime:
         """The backstop: takes off a pass that has not ended by itself. One that still runs ends with an error."""
         fusion, self.current = self.current, None
         if fusion is not None:
+            logger.warning("a sampling pass had not ended by itself; it was taken off")
             fusion.fail(FusionError("Denoiser Fusion was taken off while the picture was being made"))
             fusion.detach()
 
     def free(self) -> None:
         """Forgets all that is loaded; what a running pass uses goes with its end."""
+        if self.experts.sizes():
+            logger.info("unloaded %s", ", ".join(name for name, _ in self.experts.sizes()))
         self.experts.free()
         self.texts.free()
         self.aggregators.free()
@@ -56,6 +60,7 @@ class Runtime:
         try:
             getattr(fusion, step)(params)
         except Exception as error:
+            logger.debug("%s failed; the pass's next model call raises it", step, exc_info=True)
             fusion.fail(error)
 
 

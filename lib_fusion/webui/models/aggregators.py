@@ -13,8 +13,9 @@ from modules import devices, paths, sd_models
 from torch import nn
 
 from lib_fusion.errors import FusionError, SettingError
-from lib_fusion.fusion.aggregator_files import Card, load_for, model_of, read_card
+from lib_fusion.fusion.aggregator_files import Card, Model, load_for, model_of, read_card
 from lib_fusion.fusion.lockstep import Lockstep, mean_context
+from lib_fusion.log import log_loaded, logger
 from lib_fusion.methods import afa
 from lib_fusion.requests.infotext import NO_CHECKPOINT
 from lib_fusion.requests.settings import MAX_EXPERTS, ExpertSettings, FusionSettings
@@ -106,10 +107,19 @@ class AggregatorCache:
             except FusionError as error:
                 raise SettingError("afa_aggregator", settings.afa_aggregator, str(error)) from error
             self._key = key
+            log_loaded(f"aggregator {settings.afa_aggregator}", self._loaded, devices.device)
+            if settings.afa_force:
+                self._warn_of_other_models(path, models)
         return self._loaded.to(devices.device)
 
     def free(self) -> None:
         self._key = self._loaded = None
+
+    def _warn_of_other_models(self, path: Path, models: Sequence[Model]) -> None:
+        try:
+            read_card(path).check(models)
+        except FusionError as error:
+            logger.warning("aggregator %s, used by force: %s", path.stem, error)
 
 
 def make_lockstep(

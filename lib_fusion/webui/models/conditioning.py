@@ -15,6 +15,7 @@ from modules import devices, extra_networks, lowvram, prompt_parser, sd_models_x
 from torch import nn
 
 from lib_fusion.errors import SettingError
+from lib_fusion.log import log_loaded
 from lib_fusion.requests.settings import ExpertSettings
 from lib_fusion.webui.models.experts import Expert, ExpertKey, is_base, make_key, model_of
 from lib_fusion.webui.models.text_encoders import build_encoder, clone_encoder, share_embeddings
@@ -99,11 +100,18 @@ class TextCache:
                 prefix = "conditioner." if is_sdxl else "cond_stage_model."
                 encoder = clone_encoder(source, loaded.info, prefix, key.loras, field)
             self._encoders[full_key] = encoder
+            device = devices.cpu if waits_in_ram(sd_model) else devices.device  # after its first text
+            log_loaded(f"expert {loaded.info.name}, its text encoder", encoder, device)
         self._encoders.move_to_end(full_key)
         encoder = self._encoders[full_key]
         if is_other:
             share_embeddings(encoder)
         return OwnEncoder(encoder, is_sdxl)
+
+
+def waits_in_ram(sd_model: nn.Module) -> bool:
+    """Whether own encoders are on the CPU between texts: the host's own is, or the experts are."""
+    return lowvram.is_enabled(sd_model) or shared.opts.data.get("denoiser_fusion_place", "GPU") != "GPU"
 
 
 def old_scheduling() -> bool:
@@ -142,9 +150,8 @@ def replace_texts(prompts: Any, text: str, field: str) -> Any:
 def encode(
     model: Any, prompts: Any, negatives: Any, steps: int, hires_steps: int | None, sd_model: nn.Module
 ) -> Conditioning:
-    """Encodes as the host does. An own encoder waits on the CPU where the host's own or the experts do."""
-    in_ram = lowvram.is_enabled(sd_model) or shared.opts.data.get("denoiser_fusion_place", "GPU") != "GPU"
-    moved = isinstance(model, OwnEncoder) and in_ram
+    """Encodes as the host does, on its device."""
+    moved = isinstance(model, OwnEncoder) and waits_in_ram(sd_model)
     if isinstance(model, OwnEncoder):
         model.conditioner.to(devices.device)
     try:

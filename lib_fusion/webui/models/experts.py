@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lib_fusion.errors import CheckpointError, FusionError, SettingError
+from lib_fusion.log import log_loaded
 from lib_fusion.requests.settings import ExpertSettings
 from lib_fusion.unet.checkpoint import UNET_PREFIX, Checkpoint, unet_kind
 
@@ -104,6 +105,7 @@ class ExpertCache:
                 if key.loras:
                     copy_layer_names(sd_model.model.diffusion_model, unet)
                 self._experts[key] = Expert(info, model, unet)
+                log_loaded(f"expert {info.name}, its U-Net", unet)
             self._experts.move_to_end(key)
             experts.append(self._experts[key])
         return experts

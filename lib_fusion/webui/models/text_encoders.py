@@ -22,6 +22,7 @@ from modules.textual_inversion.textual_inversion import EmbeddingDatabase
 from torch import nn
 
 from lib_fusion.errors import SettingError
+from lib_fusion.log import logger
 from lib_fusion.webui.models.experts import read_config, read_weights, store_in_fp8
 
 #: What helps where an expert of another kind than the base has no usable text encoder.
@@ -123,6 +124,9 @@ def put_weights(
     if missing:
         told = f"{name} lacks {len(missing)} of the text encoder's {len(wanted)} tensors; {allowed}"
         raise SettingError(field, "own", told)
+    lacking = sum(key not in weights for _, _, key in wanted)
+    if lacking:
+        logger.debug("%s lacks %d tensors of its text encoder, which it never uses; they are zero", name, lacking)
     for module, key, source in wanted:
         old = module._parameters[key]
         value = weights.get(source, torch.zeros(old.shape))
