@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from lib_fusion import __version__
 from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.requests.parameters import Parameter, read_rows
 from lib_fusion.requests.settings import (
     EXPERT_PARAMETERS,
     GENERATION_PARAMETERS,
@@ -21,8 +22,6 @@ from lib_fusion.requests.settings import (
     TIMESTEPS,
     FusionSettings,
     GenerationSettings,
-    Parameter,
-    read_rows,
 )
 from lib_fusion.training.options import (
     CACHE_PARAMETERS,

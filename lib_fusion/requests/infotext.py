@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib_fusion.errors import SettingError
+from lib_fusion.requests.parameters import Parameter
 from lib_fusion.requests.settings import (
     EXPERT_PARAMETERS,
     FREEU_PARAMETERS,
     MAX_EXPERTS,
     PARAMETERS,
     FusionSettings,
-    Parameter,
 )
 
 #: The checkpoint of an expert that is not there.

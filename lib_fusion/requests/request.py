@@ -7,6 +7,7 @@ from typing import Any
 
 from lib_fusion.errors import SettingError
 from lib_fusion.requests.infotext import NO_CHECKPOINT, Field, list_fields, panel_default
+from lib_fusion.requests.parameters import Parameter
 from lib_fusion.requests.settings import (
     COMPARE,
     ENABLED,
@@ -16,7 +17,6 @@ from lib_fusion.requests.settings import (
     PARAMETERS,
     TIMESTEPS,
     FusionSettings,
-    Parameter,
 )
 
 #: What can't be given in the WebUI, by row: a mask picture has no place in the panel.

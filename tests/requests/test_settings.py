@@ -1,27 +1,99 @@
-"""The table of parameters: every row reads what it shows, and refuses what it does not allow."""
+"""The table of parameters follows from the settings' fields; every row reads what it shows and refuses the rest."""
 
 from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.requests.parameters import row, rows_of
 from lib_fusion.requests.settings import (
+    AFA_PARAMETERS,
     EXPERT_PARAMETERS,
+    FREEU_CUSTOM,
+    FREEU_PARAMETERS,
     GENERATION_PARAMETERS,
     PARAMETERS,
+    SKIP_PARAMETERS,
     ExpertSettings,
     FusionSettings,
     GenerationSettings,
 )
+from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, CacheSettings, TrainingSettings
 
-ALL = [*EXPERT_PARAMETERS, *PARAMETERS, *GENERATION_PARAMETERS]
+#: Settings classes, their tables, and their fields that are no rows.
+TABLES = [
+    (ExpertSettings, EXPERT_PARAMETERS, set()),
+    (FusionSettings, PARAMETERS, {"experts"}),
+    (GenerationSettings, GENERATION_PARAMETERS, {"prompts"}),
+    (CacheSettings, CACHE_PARAMETERS, set()),
+    (TrainingSettings, TRAINING_PARAMETERS, set()),
+]
+ALL = [row for _, rows, _ in TABLES for row in rows]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
+
+
+@pytest.mark.parametrize(("settings_class", "rows", "others"), TABLES, ids=lambda value: getattr(value, "__name__", ""))
+def test_tables_are_the_fields(settings_class, rows, others):
+    own = [field for field in fields(settings_class) if field.name not in others]
+    assert [row.key for row in rows] == [field.name for field in own]
+    defaults = {row.key: row.default for row in rows if row.key != "checkpoint"}
+    assert {field.name: field.default for field in own if field.name != "checkpoint"} == defaults
+
+
+def test_an_expert_has_a_checkpoint():
+    assert next(field.default for field in fields(ExpertSettings) if field.name == "checkpoint") is MISSING
+    with pytest.raises(TypeError, match="checkpoint"):
+        ExpertSettings()
+    assert vars(ExpertSettings("a", "b", "c", "base", True)) == {
+        "checkpoint": "a", "prompt": "b", "negative_prompt": "c", "text_encoder": "base", "loras": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("refiner", "bool"),
+        ("skip_max", "int"),
+        ("snb_hold", "float"),
+        ("method", "choice"),
+        ("afa_aggregator", "text"),
+        ("snb_window", "window"),
+    ],
+)
+def test_kinds_follow_from_annotations(key, kind):
+    assert next(row.kind for row in PARAMETERS if row.key == key) == kind
+
+
+def test_a_row_of_no_kind_is_refused():
+    @dataclass(frozen=True)
+    class Numbers:
+        many: tuple[int, ...] = row((1, 2), "many", "")
+
+    with pytest.raises(TypeError, match="many"):
+        rows_of(Numbers)
+
+    @dataclass(frozen=True)
+    class Chosen:
+        number: int = row(1, "number", "", choices=("1", "2"))
+
+    with pytest.raises(TypeError, match="number"):
+        rows_of(Chosen)
+
+
+def test_groups_are_whole():
+    assert [row.key for row in FREEU_PARAMETERS[6:]] == [row.key for row in FREEU_CUSTOM]
+    assert [row.key for row in FREEU_CUSTOM] == [
+        f"freeu_{factor}{stage}" for stage in (1, 2, 3) for factor in ("b", "s", "offset", "width", "high", "cutoff")
+    ]
+    assert PARAMETERS[9:] == FREEU_PARAMETERS + SKIP_PARAMETERS + AFA_PARAMETERS
 
 
 @pytest.mark.parametrize("row", ALL, ids=lambda row: row.key)

@@ -10,7 +10,7 @@ import pytest
 
 from lib_fusion.cli import build_parser, given_rows
 from lib_fusion.errors import FusionError
-from lib_fusion.requests.settings import read_rows
+from lib_fusion.requests.parameters import read_rows
 from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS
 from tests.training.conftest import DEMO, write_pictures
 from tests.webui_fake import fakes

@@ -11,7 +11,8 @@ from modules import paths
 
 from lib_fusion.requests import infotext, presets, request
 from lib_fusion.requests.infotext import Field
-from lib_fusion.requests.settings import ENABLED, Parameter
+from lib_fusion.requests.parameters import Parameter
+from lib_fusion.requests.settings import ENABLED
 from lib_fusion.webui.models import aggregators, experts
 
 #: What an axis sets on a cell's request; always a new dict, since cells are shallow copies of one request.

@@ -10,7 +10,8 @@ from modules import devices, paths, sd_models_config, shared
 from omegaconf import OmegaConf
 
 from lib_fusion.errors import CheckpointError, FusionError, SettingError
-from lib_fusion.requests.settings import MAX_EXPERTS, Parameter, read_rows
+from lib_fusion.requests.parameters import Parameter, read_rows
+from lib_fusion.requests.settings import MAX_EXPERTS
 from lib_fusion.training.captioned import Captioned, read_pictures
 from lib_fusion.training.jobs import CACHE, EVALUATION, HELD_OUT, Job, Jobs
 from lib_fusion.training.options import (

@@ -11,7 +11,7 @@ import gradio as gr
 from modules import sd_models, ui_common, ui_components
 
 from lib_fusion.errors import FusionError
-from lib_fusion.requests.settings import Parameter
+from lib_fusion.requests.parameters import Parameter
 from lib_fusion.training import view as training_view
 from lib_fusion.training.jobs import EVALUATION
 from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
