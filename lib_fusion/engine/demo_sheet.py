@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -33,7 +34,7 @@ CFG_SCALE = 5.0
 HOLD = 900.0
 #: The timestep at which AFA takes over from the average (docs/afa.md), and the settings that make it so.
 AFA_FROM = 500.0
-AVERAGE_FIRST = {"snb_window": (AFA_FROM, 0.0), "snb_outside": "average"}
+AVERAGE_FIRST: dict[str, Any] = {"snb_window": (AFA_FROM, 0.0), "snb_outside": "average"}
 
 
 def make_sheet(
@@ -43,7 +44,8 @@ def make_sheet(
     if not (FOLDER / "animals.safetensors").is_file():
         raise CheckpointError(f"{FOLDER}: no demo checkpoints there; run this from a clone of the repository")
     engines: dict[tuple[str, ...], Engine] = {}
-    rows, runs = [], {}
+    rows: list[tuple[str, list[Image.Image]]] = []
+    runs: dict[str, dict[str, Any]] = {}
 
     def engine_of(*names: str) -> Engine:
         if names not in engines:

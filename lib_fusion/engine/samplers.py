@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
-def make_scheduler(sampler: str, steps: int, device: str | torch.device = "cpu") -> SchedulerMixin:
-    """A scheduler set to ``steps`` steps, for noise predictions; v predictions are converted before they reach it."""
+class Scheduler(Protocol):
+    """The attributes of diffusers' schedulers that the engine uses; their own base class declares none of them."""
+
+    alphas_cumprod: torch.Tensor
+    timesteps: torch.Tensor
+    init_noise_sigma: torch.Tensor | float
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device) -> None: ...
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor: ...
+
+    def step(self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> Any: ...
+
+
+def make_scheduler(sampler: str, steps: int, device: str | torch.device = "cpu") -> Scheduler:
+    """A scheduler set to ``steps`` steps, for noise predictions; v predictions are converted before they reach it.
+
+    ``sampler``: a choice of ``GenerationSettings.sampler``. Raises ValueError for any other name.
+    """
     karras = sampler.endswith(" Karras")
     name = sampler.removesuffix(" Karras")
+    scheduler: Scheduler
     if name == "DDIM":
         scheduler = DDIMScheduler(
             **SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"

@@ -76,6 +76,8 @@ class Aggregator(nn.Module):
 class FixedAggregator(nn.Module):
     """The controls: the same weight for a model everywhere. Uniform is the plain mean, one-hot a single model."""
 
+    weights: torch.Tensor
+
     def __init__(self, weights: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("weights", torch.tensor(weights, dtype=torch.float32), persistent=False)

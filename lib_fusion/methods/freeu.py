@@ -148,12 +148,13 @@ class LowBand:
     def __init__(self, shape: Sequence[int], cutoff: float, **made: Any) -> None:
         batch, channels, height, width = shape
         f, g = (_low_frequencies(size, cutoff) for size in (height, width))
-        self.waves = self.axes = None
+        self.waves: torch.Tensor | None = None
+        self.axes: list[list[torch.Tensor]] = []
         if len(f) * len(g) <= 4:
             angles = [_angles(height, a)[:, None] + _angles(width, b)[None] for a in f for b in g]
             waves = [wave for angle in angles for wave in (angle.cos(), angle.sin()) if wave.any()]
-            waves = (torch.stack(waves).flatten(1) / math.sqrt(height * width)).to(**made)
-            self.waves = waves.expand(batch, -1, -1)
+            stacked = (torch.stack(waves).flatten(1) / math.sqrt(height * width)).to(**made)
+            self.waves = stacked.expand(batch, -1, -1)
             self._parts = torch.empty((batch, len(waves), channels), **made)
             self._parts_turned = self._parts.transpose(1, 2)
         else:

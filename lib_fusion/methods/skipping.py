@@ -83,6 +83,7 @@ class LastNoise:
         return self._estimator.unsteadiness
 
     def forecast(self, log_sigma: float) -> torch.Tensor:
+        assert self._noise is not None, "nothing was observed yet, so may_skip is false"
         return self._noise
 
     def observe(

@@ -35,13 +35,18 @@ class Text(NamedTuple):
 
     def to(self, device: torch.device) -> Text:
         """The same on a device."""
-        return Text(*(None if part is None else part.to(device) for part in self))
+        return Text(self.states.to(device), None if self.pooled is None else self.pooled.to(device))
 
 
 def stack_texts(captions: Iterable[Sequence[Text]]) -> list[Text]:
     """Each caption's texts by model -> each model's texts of all captions."""
     models = zip(*captions, strict=True)
-    return [Text(*(None if p[0] is None else torch.stack(p) for p in zip(*texts, strict=True))) for texts in models]
+    return [_stack(texts) for texts in models]
+
+
+def _stack(texts: Sequence[Text]) -> Text:
+    pooled = [text.pooled for text in texts if text.pooled is not None]
+    return Text(torch.stack([text.states for text in texts]), torch.stack(pooled) if pooled else None)
 
 
 class Encoders(Protocol):
@@ -105,7 +110,8 @@ def write_cache(
     folder.mkdir(parents=True, exist_ok=True)
     _check_index(folder, index)
     done = {entry.name for entry in list_entries(folder)}
-    old, skipped = len(done), []
+    old = len(done)
+    skipped: list[str] = []
     if not (folder / EMPTY).is_file():
         _save(_caption_tensors(encoders.encode_texts([""]), 0, ""), folder / EMPTY, {}, 0)
     fresh = _encodable(pictures, done, resolution, skipped, tell)
@@ -134,7 +140,7 @@ def _caption_tensors(texts: Sequence[Text], row: int, prefix: str) -> dict[str, 
     tensors = {}
     for m, text in enumerate(texts):
         for name, part, first in zip(("text", "pooled"), text, texts[0], strict=True):
-            if part is not None and (m == 0 or not torch.equal(part[row], first[row])):
+            if part is not None and (m == 0 or first is None or not torch.equal(part[row], first[row])):
                 tensors[f"{prefix}{name}.{m}"] = part[row]
     return tensors
 

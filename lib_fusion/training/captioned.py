@@ -92,10 +92,11 @@ def _read_tar(source: Path) -> Iterator[Captioned | PictureError]:
         with tarfile.open(source) as tar:
             groups: dict[str, dict[str, bytes]] = {}
             for member in tar:
-                if member.isfile():
+                file = tar.extractfile(member) if member.isfile() else None
+                if file is not None:
                     path = PurePosixPath(member.name)
                     key = str(path.parent / path.name.split(".")[0])
-                    groups.setdefault(key, {})[path.suffix.lower()] = tar.extractfile(member).read()
+                    groups.setdefault(key, {})[path.suffix.lower()] = file.read()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise FusionError(f"{source}: can't be read as a tar ({error})") from error
     pictures = {key: next((parts[s] for s in SUFFIXES if s in parts), None) for key, parts in sorted(groups.items())}
@@ -125,8 +126,8 @@ def to_tensor(picture: Captioned, resolution: int) -> torch.Tensor:
     image.alpha_composite(rgba)
     if resolution:
         scale = resolution / min(image.size)
-        size = tuple(max(resolution, round(side * scale)) for side in image.size)
-        image = image.resize(size, Image.Resampling.BILINEAR)
+        width, height = (max(resolution, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
     wanted = [resolution or side // FACTOR * FACTOR for side in image.size]
     if min(wanted) < FACTOR:
         raise PictureError(f"{picture.name}: {image.width}x{image.height} is too small")

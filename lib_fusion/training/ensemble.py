@@ -52,7 +52,7 @@ class Ensemble(nn.Module):
     def recompute_activations(self) -> None:
         """Blocks and aggregators forget their activations and compute them again in the backward pass."""
         blocks = [point.module for unet in self._unets for point in read_layout(unet).points]
-        for module in [*blocks, *self.aggregators]:
+        for module in [*blocks, *self.aggregators.children()]:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 

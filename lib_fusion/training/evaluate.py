@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class Evaluation:
     def add_oracle(self) -> None:
         """The best single model for each subset: what perfect routing of whole subsets would give."""
         singles = [only(name) for name in self.models]
-        self.loss[ORACLE] = {s: self.loss[min(singles, key=lambda c, s=s: self.mean(c, s))][s] for s in self.subsets}
+        best = {subset: min(singles, key=partial(self.mean, subset=subset)) for subset in self.subsets}
+        self.loss[ORACLE] = {subset: self.loss[single][subset] for subset, single in best.items()}
 
     def at(self, candidate: str, timestep: int) -> float:
         """Mean loss at one timestep, over all pictures."""
@@ -176,10 +178,9 @@ def _batches(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 
 def _load(cache: Cache, batch: Sequence[Entry], captions: bool) -> tuple[torch.Tensor, list[Text], list[str]]:
-    latents, texts = zip(*(cache.read(entry) for entry in batch), strict=True)
-    if not captions:
-        texts = [cache.empty] * len(batch)
-    return torch.stack(latents), stack_texts(texts), [entry.name for entry in batch]
+    read = [cache.read(entry) for entry in batch]
+    texts = [text if captions else cache.empty for _, text in read]
+    return torch.stack([latent for latent, _ in read]), stack_texts(texts), [entry.name for entry in batch]
 
 
 def _predict(

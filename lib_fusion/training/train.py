@@ -55,9 +55,9 @@ class Batches:
         chosen = torch.multinomial(repeats, s.batch_size, replacement=True, generator=generator).tolist()
         is_empty = (torch.rand(s.batch_size, generator=generator) < s.caption_dropout).tolist()
         timesteps = torch.randint(TIMESTEPS, (s.batch_size,), generator=generator)
-        latents, texts = zip(*(self.cache.read(group[i]) for i in chosen[part]), strict=True)
-        texts = [self.cache.empty if empty else text for text, empty in zip(texts, is_empty[part], strict=True)]
-        latents = torch.stack(latents)
+        read = [self.cache.read(group[i]) for i in chosen[part]]
+        texts = [self.cache.empty if empty else text for (_, text), empty in zip(read, is_empty[part], strict=True)]
+        latents = torch.stack([latent for latent, _ in read])
         noise = torch.randn((s.batch_size, *latents.shape[1:]), generator=generator)
         return latents, stack_texts(texts), noise[part], timesteps[part]
 
@@ -153,8 +153,9 @@ class Run:
         self.ema = {k: v.detach().clone() for k, v in aggregators.state_dict().items()} if settings.ema else None
         self.step, self.seconds = 0, 0.0
         fixed = {key: value for key, value in asdict(settings).items() if key not in CHANGEABLE}
-        self.identity = {"settings": fixed, "models": [asdict(model) for model in models],
-                         "pictures": pictures}  # fmt: skip
+        self.identity: dict[str, Any] = {
+            "settings": fixed, "models": [asdict(model) for model in models], "pictures": pictures,
+        }  # fmt: skip
         self.losses: list[float] = []
         self._resume()
         if rank == 0:
@@ -275,8 +276,8 @@ def _loop(
             x, texts, noise, t = batches.draw(run.step, slice(start, start + share))
             a = schedule[t.to(device)]
             noisy, target = add_noise(x.to(device), noise.to(device), a, prediction)
-            exchanges = world == 1 or i == s.accumulate - 1  # gradients, with the other processes
-            with nullcontext() if exchanges else module.no_sync():
+            is_last = i == s.accumulate - 1  # after which the processes exchange gradients
+            with module.no_sync() if isinstance(module, DistributedDataParallel) and not is_last else nullcontext():
                 with autocast:
                     output = module(noisy, t.to(device), [text.to(device) for text in texts])
                 errors = (output.float() - target).square().mean(dim=(1, 2, 3))

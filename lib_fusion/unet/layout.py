@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -43,16 +44,23 @@ class Layout:
 def read_layout(unet: nn.Module) -> Layout:
     """The layout of a U-Net with LDM's modules. Raises FusionError for any other module."""
     try:
-        return Layout(_channels_out(unet.input_blocks[0]), tuple(_points(unet)))
+        return Layout(_model_channels(unet), tuple(_points(unet)))
     except (AttributeError, IndexError, TypeError) as error:
         raise FusionError(
             f"{type(unet).__name__} is not a Stable Diffusion U-Net as LDM builds it ({error})"
         ) from error
 
 
-def _points(unet: nn.Module) -> Iterator[Point]:
-    model_channels = _channels_out(unet.input_blocks[0])
-    skips = []
+# U-Nets and blocks are Any below: the host's classes share attributes with ours, but no base that declares them.
+
+
+def _model_channels(unet: Any) -> int:
+    return _channels_out(unet.input_blocks[0])
+
+
+def _points(unet: Any) -> Iterator[Point]:
+    model_channels = _model_channels(unet)
+    skips: list[int] = []
     for i, block in enumerate(unet.input_blocks):
         skips.append(_channels_out(block))
         yield Point(f"input_blocks.{i}", block, skips[-1])
@@ -66,6 +74,6 @@ def _points(unet: nn.Module) -> Iterator[Point]:
         h = _channels_out(block)
 
 
-def _channels_out(block: nn.Module) -> int:
-    """What the last convolution, ResBlock or up- or down-sampling gives out; transformers keep the number."""
+def _channels_out(block: Any) -> int:
+    """Output channels of the last convolution, ResBlock or up- or down-sampling; transformers keep the number."""
     return [layer.out_channels for layer in block if hasattr(layer, "out_channels")][-1]

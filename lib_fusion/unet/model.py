@@ -66,12 +66,16 @@ class UNet(nn.Module):
         self.context_dim = build.context_dim
 
     @property
+    def _first_weight(self) -> nn.Parameter:
+        return self.input_blocks.get_parameter("0.0.weight")
+
+    @property
     def dtype(self) -> torch.dtype:
-        return self.input_blocks[0][0].weight.dtype
+        return self._first_weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.input_blocks[0][0].weight.device
+        return self._first_weight.device
 
     def forward(
         self,
