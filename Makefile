@@ -1,7 +1,7 @@
 # make demo    two trained checkpoints fused: writes outputs/demo.png
 # make test    all tests
 # make webui   the WebUI with this extension and the demo's checkpoints, where a host is installed
-# make lint    ruff
+# make lint    ruff and mypy
 # make clean   removes the virtual environment and all output
 #
 # Each target sets up what it needs in .venv. PYTHON picks the interpreter (3.10 to 3.13), TORCH the build of torch:
@@ -28,6 +28,7 @@ webui: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v < (3, 14) else \
