@@ -99,7 +99,7 @@ def test_commit_of_a_worktree(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("head", ["ref: refs/heads/unborn", "no hash", ""])
 def test_no_commit(tmp_path: Path, head: str) -> None:
-    assert log.commit_of(tmp_path) is None  # a copy without .git, inside whatever repository
+    assert log.commit_of(tmp_path) is None  # a copy without .git, perhaps inside another repository
     assert log.commit_of(git(tmp_path / ".git", head)) is None
 
 
