@@ -210,7 +210,7 @@ def draw(sources: list[Source], path: Path) -> None:
     for pair in sorted(set(arrows) - implied):
         draw_arrow(axes, pair, arrows, set(arrows) - implied, places, RED if pair in circles else INK)
     for room in rooms:
-        also = [f"{b.removeprefix('webui.')} {arrows[a, b]}" for a, b in sorted(implied) if a == room]
+        also = [f"{b.removeprefix('webui.')}\N{NO-BREAK SPACE}{arrows[a, b]}" for a, b in sorted(implied) if a == room]
         draw_room(axes, room, places[room], [source for source in sources if source.room == room], also)
     ground = " and ".join(room for room in GROUND if room in rooms_of(sources))
     add_box(axes, (-0.55, -0.78, right - 0.05, -0.52), GROUND_COLOUR, INK)
@@ -247,7 +247,8 @@ def add_box(axes: Any, sides: tuple[float, float, float, float], fill: str, edge
 
 def draw_room(axes: Any, room: str, middle: tuple[float, float], files: list[Source], also: list[str]) -> None:
     x, y = middle
-    size = f"{len(files)} file{'s' * (len(files) > 1)}, {sum(file.lines for file in files)} lines"
+    lines = sum(file.lines for file in files)
+    size = f"{len(files)} file{'s' * (len(files) > 1)}, {f'about {round(lines, -2)}' if lines > 99 else lines} lines"
     job = JOBS.get(room, ("",))[0]
     rest = textwrap.wrap(f"also {', '.join(also)}", 36) if also else []
     texts = [(room, 10.5, "bold"), (job, 8, "normal"), (size, 7, "normal"), *((line, 6.5, "normal") for line in rest)]
