@@ -26,6 +26,7 @@ from demo.scenes import CFGS, LAYOUTS, MODELS, RMS_BOUND, SEEDS, TIMESTEPS, Scen
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import VAE_SCALE, quiet_libraries
 from lib_fusion.engine.sheets import sheet
+from lib_fusion.fusion.places import make_places
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 
@@ -58,7 +59,8 @@ def draw(
     for i in range(0, len(captions), batch):
         jobs = list(zip(captions[i : i + batch], seeds[i : i + batch], strict=True))
         part = masks[i : i + batch] if masks is not None else None
-        result.append(engine.denoise(jobs, generation, FusionSession(fusion, fixed_mask=part)))
+        places = make_places(fusion, {} if part is None else {1: part})
+        result.append(engine.denoise(jobs, generation, FusionSession(fusion, places)))
     return torch.cat(result)
 
 
@@ -127,7 +129,7 @@ def assess_scenes(
             for vertical in (False, True):
                 group = [s for s in all_scenes if s.vertical == vertical for _ in seeds]
                 own_seeds = [seed + i for i in range(len(group) // len(seeds)) for seed in seeds]
-                masks = oracle_masks(group) if fusion.method == "Mask" else None
+                masks = oracle_masks(group) if fusion.experts and fusion.experts[0].is_painted else None
                 size = (256, 128) if vertical else (128, 256)
                 z = draw(engine, [s.caption for s in group], own_seeds, size, cfg, fusion, masks, steps=steps)
                 for scene, latent in zip(group, z, strict=True):
@@ -149,7 +151,7 @@ def assess_singles(data: Path, only: Sequence[str] = (), steps: int = 50) -> dic
     table: dict = {}
     scorer = Scorer(reference_latents(load_engine("general"), data))
     for name, (models, fusion) in methods().items():
-        if fusion.method == "Mask" or (only and name not in only):
+        if (fusion.experts and fusion.experts[0].is_painted) or (only and name not in only):
             continue
         engine = load_engine(*models)
         table[name] = {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from demo.concepts import CATEGORIES, STYLES, is_held_out, scene_caption
 from lib_fusion.engine.demo_sheet import ENSEMBLES, afa_settings, average_first
-from lib_fusion.requests.settings import ExpertSettings, FusionSettings
+from lib_fusion.requests.presets import PAPER
+from lib_fusion.requests.settings import FusionSettings
 
 MODELS = ("general", *CATEGORIES)
 LAYOUTS = ("left/right", "swapped", "above/below", "sides not named")
@@ -53,9 +55,20 @@ def scenes(pairs: int) -> list[Scene]:
     return result
 
 
+def paper(*experts: str, **changes: Any) -> FusionSettings:
+    """The paper's rule for these experts, with some settings changed."""
+    return FusionSettings.from_dict({**PAPER, "experts": [{"checkpoint": name} for name in experts], **changes})
+
+
+def placed(settings: FusionSettings) -> FusionSettings:
+    """Settings whose first expert draws in a painted mask, with a sharp edge."""
+    first, *others = settings.experts
+    return replace(settings, experts=(replace(first, place="mask"), *others), place_feather=0.0)
+
+
 def methods() -> dict[str, tuple[tuple[str, ...], FusionSettings]]:
     """Name -> (models, settings). A: animals, B: vehicles."""
-    two = FusionSettings(experts=(ExpertSettings("expert"),))
+    two = paper("expert")
     pair = ("animals", "vehicles")
     return {
         "general alone": (("general",), FusionSettings()),
@@ -66,7 +79,7 @@ def methods() -> dict[str, tuple[tuple[str, ...], FusionSettings]]:
         "SNB code, A + B": (pair, replace(two, snb_saliency="code")),
         "SNB own, mask held": (pair, replace(two, snb_hold=HOLD)),
         "SNB code, mask held": (pair, replace(two, snb_hold=HOLD, snb_saliency="code")),
-        "fixed mask (oracle)": (pair, replace(two, method="Mask")),
+        "fixed mask (oracle)": (pair, placed(two)),
         "SNB code, general + A": (("general", "animals"), replace(two, snb_saliency="code")),
         "SNB code, general + B": (("general", "vehicles"), replace(two, snb_saliency="code")),
         "AFA untrained, A + B": (pair, replace(two, method="AFA", afa_maps="uniform")),

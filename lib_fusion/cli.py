@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,7 +63,8 @@ def build_parser() -> OneLineParser:
     for row in EXPERT_FLAGS:
         generate.add_argument("--expert-" + row.key.replace("_", "-"), dest=f"expert_{row.key}", action="append",
                               default=[], metavar="VALUE", help=f"{row.help} ({row.allowed})")
-    generate.add_argument("--mask", metavar="FILE", help="for --method mask: a picture, white where the expert is used")
+    generate.add_argument("--expert-mask", action="append", default=[], metavar="FILE",
+                          help="a picture, white where the expert draws; \"\" for an expert without one")
     generate.add_argument("--out", default="outputs", metavar="FOLDER", help="where pictures go (default: outputs)")
     told = "; ".join(f"{row.key} ({row.help})" for row in PREVIEW_PARAMETERS)
     generate.add_argument("--previews", nargs="*", metavar="KIND", help=f"save beside each picture: {told}; "
@@ -126,6 +127,11 @@ def read_experts(args: argparse.Namespace) -> list[dict[str, Any]]:
             raise SettingError(flag, values[-1], f"allowed: one for each --expert ({len(experts)})")
         for expert, value in zip(experts, values, strict=False):
             expert[row.key] = value
+    if len(args.expert_mask) > len(experts):
+        raise SettingError("expert-mask", args.expert_mask[-1], f"allowed: one for each --expert ({len(experts)})")
+    for expert, file in zip(experts, args.expert_mask, strict=False):
+        if file:
+            expert["place"] = "mask"
     return experts
 
 
@@ -161,7 +167,7 @@ def read_device(name: str):
 def run_generate(args: argparse.Namespace) -> int:
     generation, fusion = read_settings(args)
     dtype, device = read_machine(args)
-    mask, keep = read_mask(args.mask, fusion), read_keep(args)
+    masks, keep = read_masks(args.expert_mask), read_keep(args)
     from lib_fusion.engine.generate import Engine
     from lib_fusion.engine.loader import quiet_libraries
     from lib_fusion.engine.sheets import font, infotext, save_png
@@ -170,7 +176,7 @@ def run_generate(args: argparse.Namespace) -> int:
     quiet_libraries()
     engine = Engine(args.base, args.expert, dtype=dtype, device=device)
     run = engine.generate(
-        generation, fusion, fixed_mask=mask, keep=keep, progress=sys.stderr.isatty()
+        generation, fusion, masks=masks, keep=keep, progress=sys.stderr.isatty()
     )
     names = [Path(file).stem for file in (args.base, *args.expert)]
     files = []
@@ -190,21 +196,18 @@ def run_generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_mask(file: str | None, fusion: FusionSettings):
-    """The fixed mask as bool (1,1,h,w), or None; raises SettingError."""
-    if (file is None) != (fusion.method != "Mask"):
-        raise SettingError("mask", file, "allowed: a picture with --method mask, and only then")
-    if file is None:
-        return None
-    import numpy as np
-    import torch
-    from PIL import Image, UnidentifiedImageError
+def read_masks(files: Sequence[str]) -> dict[int, Any]:
+    """The painted masks (1,1,h,w) in 0..1 by expert, 1 the first; raises SettingError."""
+    from lib_fusion.fusion.places import read_mask
 
-    try:
-        with Image.open(file) as image:
-            return torch.from_numpy(np.asarray(image.convert("L")) > 127)[None, None]
-    except (OSError, UnidentifiedImageError) as error:
-        raise SettingError("mask", file, "allowed: a picture file") from error
+    masks = {}
+    for i, file in enumerate(files):
+        if file:
+            try:
+                masks[i + 1] = read_mask(Path(file).read_bytes(), "expert-mask", file)
+            except OSError as error:
+                raise SettingError("expert-mask", file, "allowed: a picture file") from error
+    return masks
 
 
 def read_keep(args: argparse.Namespace):

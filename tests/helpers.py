@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from lib_fusion.requests.presets import PAPER
 from lib_fusion.unet.checkpoint import UNET_PREFIX
 from lib_fusion.unet.config import SD15, unet_shapes
 
@@ -41,6 +42,9 @@ SMALL: dict[str, Config] = {
     "sdxl-refiner": REAL["sdxl-refiner"] | _SMALL | {"model_channels": 64, "transformer_depth": 2,
                                                      "adm_in_channels": 96},
 }  # fmt: skip
+
+#: The paper's rule: a new mask at every step, used at once, and one guidance scale.
+PLAIN = {key: PAPER[key] for key in ("snb_hold", "snb_from", "guidance")}
 
 
 def random_weights(config: Config, seed: int = 0, prefix: str = "") -> Weights:

@@ -40,7 +40,6 @@ def write(root: Path, files: dict[str, str]) -> list:
     return drawing.read_sources(root)
 
 
-@pytest.mark.xfail(strict=True, reason="webui/models/aggregators.py imports webui/sampling/contexts.py")
 def test_no_circles(sources: list) -> None:
     assert drawing.find_circles(drawing.rooms_of(sources), drawing.find_arrows(sources)) == []
 

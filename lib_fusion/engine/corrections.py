@@ -62,7 +62,7 @@ class CorrectedSampler:
     def _step(self, step: Step, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         fused = step.fuse()
         cond, uncond = step.rows.combine(step.output() if fused is None else fused)
-        guided = uncond + self.session.guidance_scale * (cond - uncond)
+        guided = uncond + step.scale * (cond - uncond)
         return self.scheduler.step(guided, t, latents).prev_sample
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,6 +21,7 @@ from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.fusion.aggregator_files import load_for, model_of
 from lib_fusion.fusion.hooks import attach_freeu
 from lib_fusion.fusion.lockstep import Lockstep, mean_context
+from lib_fusion.fusion.places import make_places
 from lib_fusion.fusion.policies import join_records
 from lib_fusion.fusion.records import Keep, PictureRecords
 from lib_fusion.fusion.rows import Rows
@@ -76,15 +77,16 @@ class Engine:
     @torch.no_grad()
     def generate(
         self, generation: GenerationSettings, fusion: FusionSettings | None = None, *,
-        fixed_mask: torch.Tensor | None = None, keep: Keep | None = None, progress: bool = False,
+        masks: Mapping[int, torch.Tensor] | None = None, keep: Keep | None = None, progress: bool = False,
     ) -> Run:  # fmt: skip
         """Draws ``count`` pictures of every prompt. ``fusion.experts`` are, in order, those the engine has loaded.
 
-        ``fixed_mask`` (bool (1,1,h,w)) is for method Mask; ``keep`` says what of its making a picture is to tell. A
-        picture depends on its own prompt and seed only.
+        ``masks``: the painted maps (1,1,h,w) in 0..1 of the experts whose place is ``mask``, by their number, 1 the
+        first. ``keep``: the records to keep of each picture. A picture depends on its own prompt and seed only.
         """
         fusion = fusion or FusionSettings()
-        self.check(fusion, fixed_mask)
+        self.check(fusion, masks)
+        places = make_places(fusion, masks or {})
         jobs = [(prompt, generation.seed + i) for prompt in generation.prompts for i in range(generation.count)]
         pictures: list[Picture] = []
         skipped: list[dict] = []
@@ -96,7 +98,7 @@ class Engine:
         with tqdm(total=total, unit="step", disable=not progress, dynamic_ncols=True) as bar:
             for start in range(0, len(jobs), size):
                 batch = jobs[start : start + size]
-                session = FusionSession(fusion, fixed_mask, keep or Keep(), [self.models[0].unet.kind])
+                session = FusionSession(fusion, places, keep or Keep(), [self.models[0].unet.kind])
                 latents = self.denoise(batch, generation, session, bar)
                 images = self.decode(latents)
                 for i, ((prompt, seed), image) in enumerate(zip(batch, images, strict=True)):
@@ -118,12 +120,11 @@ class Engine:
             record["skips"] = join_records(skipped)
         return Run(pictures, record)
 
-    def check(self, fusion: FusionSettings, fixed_mask: torch.Tensor | None = None) -> None:
+    def check(self, fusion: FusionSettings, masks: Mapping[int, torch.Tensor] | None = None) -> None:
         """Refuses settings that these models can't do; raises SettingError."""
         if len(fusion.experts) > len(self.models) - 1:
             raise SettingError("experts", len(fusion.experts), f"allowed: at most the {len(self.models) - 1} loaded")
-        if fusion.method == "Mask" and (fixed_mask is None or not fusion.experts):
-            raise SettingError("method", "Mask", "it needs an expert and a mask picture")
+        make_places(fusion, masks or {})
         if fusion.snb_outside != "base" and not fusion.experts:
             raise SettingError("snb_outside", fusion.snb_outside, "allowed without an expert: base")
         self._check_afa(fusion)
@@ -246,6 +247,7 @@ class Engine:
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Pictures of latents (B,4,h,w), by the base's VAE."""
         images = []
+        assert self.vae is not None
         for z in latents.split(1):
             x = self.vae.decode(z / VAE_SCALE).sample.clamp(-1, 1)
             array = ((x[0] + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
@@ -294,4 +296,5 @@ def single(fusion: FusionSettings, model: int) -> FusionSettings:
     """Settings under which model ``model`` (0 the base, 1 the first expert) draws alone, with its own prompts."""
     if model == 0:
         return FusionSettings()
-    return replace(fusion, method="SNB", snb_window=(0.0, 0.0), snb_outside="expert")
+    experts = tuple(replace(e, weight=1.0, window=(1000.0, 0.0), place="auto", mask="") for e in fusion.experts)
+    return replace(fusion, experts=experts, method="SNB", snb_window=(0.0, 0.0), snb_outside="expert", guidance="off")

@@ -63,8 +63,8 @@ class Card:
             raise ValueError("nested too deep") from error
         if values.pop("version") != VERSION:
             raise ValueError(f"allowed: version {VERSION}")
-        sizes = dict(values.pop("sizes"))
-        sizes = AggregatorSizes(**{**sizes, "channels": tuple(sizes["channels"])})
+        given = dict(values.pop("sizes"))
+        sizes = AggregatorSizes(**{**given, "channels": tuple(given["channels"])})
         card = cls(sizes=sizes, models=tuple(Model(**model) for model in values.pop("models")), **values)
         card.check_values()
         return card
@@ -97,8 +97,8 @@ class Card:
         if len(models) != self.sizes.num_models:
             wanted = f"{self.sizes.num_models} models ({names})"
             raise FusionError(f"the aggregator is for {wanted}, not {len(models)} ({given})")
-        wanted, found = ([model.unet for model in group] for group in (self.models, models))
-        if wanted == found or force:
+        needed, found = ([model.unet for model in group] for group in (self.models, models))
+        if needed == found or force:
             return
         if sorted(wanted) == sorted(found):
             raise FusionError(f"the aggregator is for its models in the order {names} (base first), not {given}")

@@ -19,23 +19,23 @@ from lib_fusion.errors import FusionError
 from lib_fusion.fusion.hooks import Hooks
 from lib_fusion.methods.afa import AggregatorSizes
 from lib_fusion.methods.layers import timestep_embedding
-from lib_fusion.unet.layout import Layout, read_layout
+from lib_fusion.unet.layout import Layout, UNetLike, read_layout
 
 Aggregate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def point_channels(unet: nn.Module) -> tuple[int, ...]:
+def point_channels(unet: UNetLike) -> tuple[int, ...]:
     """Channels at each aggregation point, in running order: every block but the last decoder block, and ``out``."""
     blocks = read_layout(unet).points[:-1]
     return (*(point.channels for point in blocks), unet.out[-1].out_channels)
 
 
-def point_names(unet: nn.Module) -> tuple[str, ...]:
+def point_names(unet: UNetLike) -> tuple[str, ...]:
     """Names of the aggregation points, in running order."""
     return (*(point.name for point in read_layout(unet).points[:-1]), "out")
 
 
-def sizes_for(unet: nn.Module, num_models: int, hidden: int = 128, layers: int = 2, heads: int = 8) -> AggregatorSizes:
+def sizes_for(unet: UNetLike, num_models: int, hidden: int = 128, layers: int = 2, heads: int = 8) -> AggregatorSizes:
     """The sizes of aggregators for ``num_models`` U-Nets like this one."""
     transformer = next(module for name, module in unet.named_modules() if name.endswith("attn2.to_k"))
     return AggregatorSizes(
@@ -52,7 +52,7 @@ class Lockstep:
     """
 
     def __init__(
-        self, unet: nn.Module, experts: Sequence[nn.Module], aggregators: nn.ModuleList | nn.Module,
+        self, unet: UNetLike, experts: Sequence[UNetLike], aggregators: nn.ModuleList | nn.Module,
         on_maps: Callable[[int, torch.Tensor], None] | None = None,
     ) -> None:  # fmt: skip
         channels = point_channels(unet)
@@ -64,7 +64,7 @@ class Lockstep:
         self.unet, self.experts, self.on_maps = unet, list(experts), on_maps
         self.aggregators = aggregators
         self._layouts: list[Layout] = [read_layout(expert) for expert in self.experts]
-        self._told: tuple[Sequence[torch.Tensor | None], torch.Tensor, Sequence[torch.Tensor | None]] | None = None
+        self._texts: tuple[Sequence[torch.Tensor], torch.Tensor, Sequence[torch.Tensor | None]] | None = None
         self._embeddings: list[torch.Tensor] = []
         self._mean_embedding: torch.Tensor | None = None
         self._last: list[torch.Tensor] = []
@@ -93,11 +93,11 @@ class Lockstep:
         ``contexts``: each expert's text states (B,T,D), ``mean_context`` the mean over all models, with the base's.
         ``vectors``: each expert's own pooled vector (B,V) for SDXL.
         """
-        self._told = (contexts, mean_context, vectors or [None] * len(self.experts))
+        self._texts = (contexts, mean_context, vectors or [None] * len(self.experts))
         try:
             yield
         finally:
-            self._told = None
+            self._texts = None
             self._forget()
 
     def _forget(self) -> None:
@@ -105,12 +105,12 @@ class Lockstep:
 
     def _begin(self, unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Each model's own time (and label) embedding, from the arguments of the base's forward."""
-        if self._told is None:
+        if self._texts is None:
             return
         timesteps = args[1] if len(args) > 1 else kwargs["timesteps"]
         self.totals = []
         own_vector = args[3] if len(args) > 3 else kwargs.get("y")
-        models = zip([unet, *self.experts], [own_vector, *self._told[2]], strict=True)
+        models = zip([unet, *self.experts], [own_vector, *self._texts[2]], strict=True)
         embeddings = [embed(model, timesteps, vector) for model, vector in models]
         self._mean_embedding = torch.stack([e.to(embeddings[0]) for e in embeddings]).mean(dim=0)
         self._embeddings = embeddings[1:]
@@ -121,23 +121,26 @@ class Lockstep:
 
     @property
     def _is_running(self) -> bool:
-        return self._told is not None and self._mean_embedding is not None
+        return self._texts is not None and self._mean_embedding is not None
 
     def _run_experts(self, index: int, h: torch.Tensor) -> list[torch.Tensor]:
         """Each expert's block on the base's input. Not through hooks: an expert may be the base itself."""
+        assert self._texts is not None
         outputs = []
-        for layout, embedding, context in zip(self._layouts, self._embeddings, self._told[0], strict=True):
+        for layout, embedding, context in zip(self._layouts, self._embeddings, self._texts[0], strict=True):
             block = layout.points[index].module
             outputs.append(block.forward(h.to(embedding.dtype), embedding, context.to(embedding.dtype)))
         return outputs
 
     def _aggregate(self, index: int, outputs: list[torch.Tensor]) -> torch.Tensor:
+        assert self._texts is not None
+        assert self._mean_embedding is not None
         modules = self.aggregators
         aggregator = modules[index] if isinstance(modules, nn.ModuleList) else modules
         weight = next(aggregator.parameters(), outputs[0])
         features = torch.stack([output.to(outputs[0].dtype) for output in outputs], dim=1)
         aggregate, maps = aggregator(
-            features.to(weight.dtype), self._mean_embedding.to(weight.dtype), self._told[1].to(weight.dtype)
+            features.to(weight.dtype), self._mean_embedding.to(weight.dtype), self._texts[1].to(weight.dtype)
         )
         if self.on_maps is not None:
             self.on_maps(index, maps)
@@ -165,7 +168,7 @@ class Lockstep:
         return self._aggregate(len(self._layouts[0].points) - 1, [output, *own])
 
 
-def embed(unet: nn.Module, timesteps: torch.Tensor, vector: torch.Tensor | None = None) -> torch.Tensor:
+def embed(unet: UNetLike, timesteps: torch.Tensor, vector: torch.Tensor | None = None) -> torch.Tensor:
     """A U-Net's time embedding (B,E) of timesteps (B,), with its label embedding of SDXL's vector (B,V)."""
     dtype = unet.time_embed[0].weight.dtype
     width = unet.time_embed[0].in_features

@@ -54,13 +54,17 @@ class Skips:
         self._most = self.settings.skip_max or POLICY_MAX.get(self.settings.skipping, 1)
         #: How many steps back a correction may go; 0: there are none.
         self.reach = self._most if self.settings.skip_correct and self.settings.skipping == "Forecast" else 0
-        self._is_joint = False
+        self._is_joint = self._spares_uncond = False
 
-    def begin_step(self, is_joint: bool) -> None:
-        """``is_joint``: the models make one prediction in this step, the base's (AFA). A change clears the history."""
-        if is_joint != self._is_joint:
+    def begin_step(self, is_joint: bool = False, spares_uncond: bool = False) -> None:
+        """Begins a step; a change of either of these clears the history.
+
+        ``is_joint``: the models make one prediction, the base's (AFA). ``spares_uncond``: unconditional rows are not
+        computed.
+        """
+        if (is_joint, spares_uncond) != (self._is_joint, self._spares_uncond):
             self._policies.clear()
-            self._is_joint = is_joint
+            self._is_joint, self._spares_uncond = is_joint, spares_uncond
         if self.timeline is not None:
             self.timeline.append({})
 

@@ -41,6 +41,11 @@ class Rows:
         cond = [i for i, parts in enumerate(self.weights) for _ in parts]
         return [*cond, *range(len(self.weights))]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every prompt is a single part with weight one."""
+        return all(list(parts) == [1.0] for parts in self.weights)
+
     def first_rows(self) -> list[int]:
         """Each picture's first conditional row."""
         starts, row = [], 0
@@ -60,7 +65,7 @@ class Rows:
         AND parts are added as the WebUI adds them: ``u + sum_j w_j (c_j - u)``.
         """
         uncond = rows[self.num_cond :]
-        if all(list(parts) == [1.0] for parts in self.weights):
+        if self.is_plain:
             return rows[: self.num_cond], uncond
         cond = []
         for i, (start, parts) in enumerate(zip(self.first_rows(), self.weights)):

@@ -16,6 +16,7 @@ from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.fusion.blend import BASE, Blend
 from lib_fusion.fusion.level import Level, Schedule
 from lib_fusion.fusion.lockstep import Lockstep, point_names
+from lib_fusion.fusion.places import Places
 from lib_fusion.fusion.policies import Skips, make_skips
 from lib_fusion.fusion.records import AfaWatch, Keep, Records
 from lib_fusion.methods import freeu
@@ -31,14 +32,14 @@ NOT_FINITE = "half precision is not enough for it (--no-half helps then), or its
 class FusionSession:
     """One sampling pass. Model 0 is the base, 1.. are the experts in the settings' order.
 
-    ``fixed_mask``: see ``Blend``. ``kinds`` are those of the models' U-Nets (``checkpoint.unet_kind``), or one for
-    all. ``keep`` says what is kept in ``records``, for previews. ``freeu`` has for each model what is attached to its
-    U-Net, one object for models of one kind; it is empty where FreeU is off.
+    ``places``: where experts draw whose settings say so. ``kinds`` are those of the models' U-Nets
+    (``checkpoint.unet_kind``), or one for all. ``keep``: the kinds of ``records`` for previews. ``freeu`` has for each
+    model what is attached to its U-Net, one object for models of one kind; it is empty where FreeU is off.
     ``calls``, ``rows`` and ``skipped_rows`` count U-Net calls and batch rows of each model.
     """
 
     settings: FusionSettings
-    fixed_mask: torch.Tensor | None = None
+    places: Places = field(default_factory=Places)
     keep: Keep = field(default_factory=Keep)
     kinds: Sequence[str] = ("sd1",)
     guidance_scale: float = 1.0
@@ -48,7 +49,7 @@ class FusionSession:
     skipped_rows: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.blend = Blend(self.settings, self.fixed_mask, self.keep, self.records)
+        self.blend = Blend(self.settings, self.places, self.keep, self.records)
         self.num_models = self.blend.num_models
         self.calls, self.rows, self.skipped_rows = ([0] * self.num_models for _ in range(3))
         self.skips = self._make_skips()
@@ -69,6 +70,15 @@ class FusionSession:
         start, stop, steps = self.settings.freeu_start, self.settings.freeu_stop, self.schedule.steps
         if self.freeu and freeu.whole_steps(start, steps) > freeu.whole_steps(stop, steps):
             raise SettingError("freeu_stop", stop, f"allowed with freeu_start {start:g} in {steps} steps: no less")
+
+    def guidance_at(self, timestep: float) -> float:
+        """The guidance scale at a timestep: the host's, and below the interval's end a smaller one.
+
+        Kynkaanniemi et al., "Applying Guidance in a Limited Interval" (NeurIPS 2024).
+        """
+        if not self.settings.lowers_guidance or timestep > self.settings.guidance_until:
+            return self.guidance_scale
+        return min(self.settings.guidance_after, self.guidance_scale)
 
     def join(self, lockstep: Lockstep) -> None:
         """The models run in lockstep (AFA) by these hooks; raises SettingError for unknown blocks in ``keep``."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lib_fusion.fusion.blend import BASE, Halves
+from lib_fusion.fusion.blend import BASE, Halves, Shares
 from lib_fusion.fusion.level import Level
 from lib_fusion.fusion.rows import Rows
 from lib_fusion.fusion.session import FusionSession
@@ -35,7 +35,10 @@ class Step:
         self.session, self.level, self.rows = session, level, rows
         self.is_joint = session.blend.in_lockstep(level.timestep)
         self.models = session.blend.models_at(level.timestep)
-        self.winner: torch.Tensor | None = None
+        self.scale = session.guidance_at(level.timestep)
+        #: Without guidance the unconditional rows play no part, so no model computes them.
+        self.spares_uncond = self.scale == 1 != session.guidance_scale and rows.is_plain
+        self._shares = Shares(parts={self.models[0]: 1.0})
         self._skips = None if latents is None else session.skips
         self._latents, self._whole = latents, whole
         self._outputs: dict[int, list[torch.Tensor]] = {}
@@ -46,7 +49,7 @@ class Step:
         # noise = signal * output + shift * input
         self._signal, self._shift = (level.signal, level.noise) if predicts_v else (1.0, 0.0)
         if self._skips is not None:
-            self._skips.begin_step(self.is_joint)
+            self._skips.begin_step(self.is_joint, self.spares_uncond)
 
     @property
     def skips(self) -> bool:
@@ -73,6 +76,8 @@ class Step:
         for model, needed in self._needed.items():
             for picture in needed:
                 noise = self._noises[model][picture]
+                if self.spares_uncond:
+                    noise[-1] = noise[0]
                 self._skips.observe(model, picture, self.level, noise, self.guidance(noise.device)[picture])
 
     def fuse(self) -> torch.Tensor | None:
@@ -82,10 +87,10 @@ class Step:
         outputs = {model: self.output(model) for model in self.models}
         first = outputs[self.models[0]]
         owners = torch.tensor(self._owners, device=first.device)[: len(first)]
-        halves = self._halves() if len(first) == self.rows.num_all else None
+        halves = self._halves() if len(first) == self.rows.num_all and not self.spares_uncond else None
         blend = self.session.blend
         fused = blend.fuse(self.level.timestep, outputs, owners, halves, self.session.guidance_scale)
-        self.winner = blend.winner
+        self._shares = blend.shares
         return fused
 
     def output(self, model: int = -1) -> torch.Tensor:
@@ -99,7 +104,7 @@ class Step:
     def guidance(self, device: torch.device) -> list[torch.Tensor]:
         """For each picture the weights (K,1,1,1) by which its rows add up to the guided noise."""
         if self._guidance is None:
-            self._guidance = self.rows.guidance(self.session.guidance_scale, device)
+            self._guidance = self.rows.guidance(self.scale, device)
         return self._guidance
 
     def correct(self, model: int, picture: int, change: torch.Tensor) -> None:
@@ -107,15 +112,13 @@ class Step:
         self.output(model)[self.rows.rows_of(picture)] += change
 
     def share(self, model: int, picture: int) -> torch.Tensor | float:
-        """How much of a picture's fused noise is the model's: a part of one, or where, as a mask (1,H,W)."""
-        models = self.models[:1] if self.is_joint else self.models
-        if len(models) < 2 or self.winner is None:
-            return 1 / len(models)
-        return (self.winner[picture] == model).float()
+        """How much of a picture's fused noise is the model's: a part of one, or a map (1,H,W)."""
+        return self._shares.of(model, picture)
 
     def _run(self, models: Sequence[int], rows: range, x: torch.Tensor, predict: Predict) -> torch.Tensor:
-        """The output of one model, or of all in lockstep, for these rows: computed, or forecast."""
-        computed = self._computed(models[0], rows)
+        """The output of one model, or of all in lockstep, for these rows: computed, forecast, or spared."""
+        wanted = [row for row in rows if row < self.rows.num_cond] if self.spares_uncond else rows
+        computed = self._computed(models[0], wanted)
         output = None
         if len(computed) == len(rows):
             output = self._predict(models, rows, predict)
@@ -124,15 +127,18 @@ class Step:
             output = torch.zeros((len(x), *part.shape[1:]), dtype=part.dtype, device=part.device)
             output[[row - rows.start for row in computed]] = part
         for model in models:
-            self.session.count(model, len(computed), len(rows) - len(computed))
-        if self._skips is None:
-            assert output is not None
-            return output
-        if output is not None:
-            self._keep(models[0], computed, rows.start, output, x)
-        return self._with_forecasts(models[0], rows, set(computed), output, x)
+            self.session.count(model, len(computed), len(wanted) - len(computed))
+        if self._skips is not None:
+            if output is not None:
+                self._keep(models[0], computed, rows.start, output, x)
+            spared = [row for row in wanted if row not in computed]
+            output = self._with_forecasts(models[0], rows.start, spared, output, x)
+        if len(wanted) < len(rows):
+            output = self._with_copies(models[0], rows, output)
+        assert output is not None
+        return output
 
-    def _computed(self, model: int, rows: range) -> Sequence[int]:
+    def _computed(self, model: int, rows: Sequence[int]) -> Sequence[int]:
         """Those of the rows that the model must be run for."""
         if self._skips is None:
             return rows
@@ -169,19 +175,24 @@ class Step:
             self._noises[model][picture][its_rows.index(row)] = noise
 
     def _with_forecasts(
-        self, model: int, rows: range, computed: set[int], output: torch.Tensor | None, x: torch.Tensor
-    ) -> torch.Tensor:
-        """The rows with the forecast ones put where none was computed."""
-        for i, row in enumerate(rows):
-            if row in computed:
-                continue
-            picture = self._owners[row]
+        self, model: int, start: int, spared: Sequence[int], output: torch.Tensor | None, x: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The rows with forecasts in the places of those that were not computed."""
+        for row in spared:
+            i, picture = row - start, self._owners[row]
             noise = self._noises[model][picture][self.rows.rows_of(picture).index(row)].to(x.device)
             if output is None:
                 output = torch.zeros((len(x), *noise.shape), dtype=x.dtype, device=x.device)
             output[i] = ((noise - self._shift * x[i]) / self._signal).to(output.dtype)
-        assert output is not None
         return output
+
+    def _with_copies(self, model: int, rows: range, output: torch.Tensor | None) -> torch.Tensor:
+        """The rows with each picture's conditional row in the place of its unconditional one, which nobody computed."""
+        earlier = self._outputs.get(model, [])
+        known = torch.cat([*earlier, *([] if output is None else [output])])
+        first = rows.start - sum(map(len, earlier))
+        copies = [self._owners[row] if row >= self.rows.num_cond else row for row in rows]
+        return known[[row - first for row in copies]]
 
     def _halves(self) -> Halves:
         """Conditional and unconditional noise (B,C,H,W) of each model, up to what is common to both."""

@@ -14,7 +14,7 @@ gives on the guided noise. Beyond the paper, ``HeldMask`` fixes the mask after t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,17 +82,58 @@ def average(predictions: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(predictions)).mean(dim=0)
 
 
+def mix(weights: Mapping[int, torch.Tensor | float], predictions: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The weighted sum of predictions (B,C,H,W): a number or a map (B,1,H,W) for each model, which add up to one.
+
+    Computed as differences from the first, so that equal predictions give just that.
+    """
+    (_, first), *others = predictions.items()
+    result = first
+    for model, prediction in others:
+        result = result + (weights[model] * (prediction - first)).to(first.dtype)
+    return result
+
+
+# Beyond the paper
+
+
+def divergence(cond: torch.Tensor, base: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """A saliency of an expert made from the base: how far its prediction with the prompt is from the base's.
+
+    ``S = mean over channels of Resize(Blur(|w (eps_c - eps_base)|))``, both (B,C,H,W) -> (B,1,H,W). The weights by
+    divergence are those of LoRAtorio (arXiv 2508.11624), put into eq. 3.
+    """
+    return saliency(cond, base, guidance_scale)
+
+
+def otsu(values: torch.Tensor, bins: int = 128) -> torch.Tensor:
+    """Otsu's threshold of each map (B,1,H,W) -> (B,1,1,1): the one that parts it into the two most distinct classes."""
+    flat = values.flatten(1)
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    edges = torch.linspace(0, 1, bins + 1, device=flat.device)[1:-1]
+    thresholds = low + (high - low) * edges  # (B,bins-1)
+    above = (flat[:, None] > thresholds[..., None]).to(flat.dtype)  # (B,bins-1,HW)
+    share = above.mean(-1)
+    mean_above = (above * flat[:, None]).mean(-1)
+    mean = flat.mean(1, keepdim=True)
+    between = (mean * share - mean_above) ** 2 / (share * (1 - share)).clamp_min(1e-12)
+    best = between.argmax(1, keepdim=True)
+    return thresholds.gather(1, best)[..., None, None]
+
+
 class HeldMask:
-    """Accumulates the models' log-maps while ``timestep > until`` and then holds the winner of their mean.
+    """Gathers the models' log-maps while ``timestep > until`` and then holds the winner of their sum.
 
     Saliency shows which model knows an object only while the latent is nearly noise; later the latent itself tells a
     competent model the answer, and its prompt changes little. ``until`` is a timestep in 0..1000; 0 never holds, which
-    is the paper. The first step always counts, so there is a mask to hold in passes that begin below ``until``.
+    is the paper. The first maps always count, so there is a mask to hold in passes that begin below ``until``.
+    ``decide`` makes the winners (B,1,H,W) of summed maps (B,N,H,W).
     """
 
-    def __init__(self, until: float) -> None:
-        self.until = until
+    def __init__(self, until: float, decide: Callable[[torch.Tensor], torch.Tensor] = winner) -> None:
+        self.until, self.decide = until, decide
         self._sum: torch.Tensor | None = None
+        self._lowest = float("inf")
         self._held: torch.Tensor | None = None
 
     def is_held(self, timestep: float) -> bool:
@@ -100,15 +141,20 @@ class HeldMask:
         return self.until > 0 and self._sum is not None and timestep <= self.until
 
     def update(self, timestep: float, maps: torch.Tensor) -> torch.Tensor:
-        """The winners at this timestep, int64 (B,1,H,W), from its log-maps (B,N,H,W)."""
+        """Takes the log-maps (B,N,H,W) of a timestep; returns the winners there, int64 (B,1,H,W).
+
+        A timestep that is evaluated again counts once.
+        """
         if self.is_held(timestep):
             return self.held()
-        self._sum = maps if self._sum is None else self._sum + maps
-        self._held = None
-        return self.held() if self.is_held(timestep) else winner(maps)
+        if timestep < self._lowest:
+            self._sum = maps if self._sum is None else self._sum + maps
+            self._lowest, self._held = timestep, None
+        return self.held() if self.is_held(timestep) else self.decide(maps)
 
     def held(self) -> torch.Tensor:
-        """The winners over all accumulated maps."""
+        """The winners over all gathered maps."""
         if self._held is None:
-            self._held = winner(self._sum)
+            assert self._sum is not None
+            self._held = self.decide(self._sum)
         return self._held

@@ -22,8 +22,6 @@ NO_CHECKPOINT = ("", "None")
 #: Entries that tell what was done, and are no settings; the last is in the API's answer only, not in pictures.
 NOTES = ["Fusion U-Net calls", "Fusion U-Net rows", "Fusion seconds", "Fusion comment"]
 
-
-
 @dataclass(frozen=True)
 class Field:
     """One control of the panel, one infotext entry: a row, and which expert's it is (None: the fusion's own)."""
@@ -68,16 +66,49 @@ def panel_default(field: Field) -> Any:
 
 
 def write_infotext(settings: FusionSettings, names: Sequence[str]) -> dict[str, str]:
-    """Infotext entries: with experts their checkpoints (``names``) and the method, the rest where not the default."""
+    """Infotext entries: the experts' checkpoints (``names``), the method, and the other rows that took part.
+
+    A row is left out where its value is the one that its absence means.
+    """
     entries = {}
     for field in list_fields():
-        if field.expert is not None and field.expert >= len(settings.experts):
+        if field.expert is None:
+            value = getattr(settings, field.row.key)
+        elif field.expert >= len(settings.experts):
             continue
-        source = settings if field.expert is None else settings.experts[field.expert]
-        value = names[field.expert] if field.row.key == "checkpoint" else getattr(source, field.row.key)
-        if value != field.row.default or (field.row.key == "method" and settings.experts):
+        elif field.row.key == "checkpoint":
+            value = names[field.expert]
+        else:
+            value = getattr(settings.experts[field.expert], field.row.key)
+        if field.expert is None and not takes_part(field.row.key, settings):
+            continue
+        if value != field.row.unsaid or field.row.key == "method":
             entries[field.infotext] = _protect(field.row.show(value))
     return entries
+
+
+def takes_part(key: str, settings: FusionSettings) -> bool:
+    """Whether a row has any part in a picture with these settings."""
+    s = settings
+    if key in ("guidance_until", "guidance_after"):
+        return s.lowers_guidance
+    if key == "guidance":
+        return bool(s.experts) or s.guidance == "always"
+    if key in ("k_general", "k_expert", "snb_saliency", "snb_hold", "snb_from"):
+        return bool(s.experts) and s.method == "SNB"
+    if key.startswith("place_"):
+        return any(expert.place != "auto" for expert in s.experts)
+    if key == "method" or key.startswith("snb_"):
+        return bool(s.experts)
+    if key.startswith("afa_"):
+        return s.method == "AFA" and (key == "afa_maps" or s.needs_aggregator)
+    if key.startswith("freeu_"):
+        return s.freeu != "Off"
+    if key in ("skip_tolerance", "skip_warmup", "skip_correct"):
+        return s.skipping == "Forecast"
+    if key == "skip_threshold":
+        return s.skipping == "Paper"
+    return not key.startswith("skip_") or s.skipping != "Off"
 
 
 def read_infotext(entries: Mapping[str, Any], field: Field) -> Any:
@@ -92,11 +123,17 @@ def read_infotext(entries: Mapping[str, Any], field: Field) -> Any:
     if value is None and f"{key}-1" in entries:  # the host takes "512x512" apart wherever it stands
         value = f"{entries[f'{key}-1']}x{entries[f'{key}-2']}"
     if value is None:
-        return panel_default(field)
+        is_read = field.row.earlier is not None and has_experts(entries)
+        return field.row.earlier if is_read else panel_default(field)
     try:
         return field.row.read(value)
     except SettingError:
         return None
+
+
+def has_experts(entries: Mapping[str, Any]) -> bool:
+    """Whether parsed infotext is that of a picture with an expert."""
+    return "Fusion expert 1 checkpoint" in entries
 
 
 def is_fused(entries: Mapping[str, Any]) -> bool:

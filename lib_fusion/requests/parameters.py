@@ -29,7 +29,8 @@ class Parameter:
     """One row: ``key`` in the API, ``label`` in the panel and (after "Fusion ") in infotext and XYZ, ``--key`` as flag.
 
     ``kind`` is one of bool, int, float, choice, text, window; numbers lie in ``low..high`` inclusive; ``step`` is the
-    slider's; ``where`` names the surfaces that have the row: "panel" (with API, infotext, XYZ), "cli".
+    slider's; ``where`` names the surfaces that have the row: "panel" (with API, infotext, XYZ), "cli". ``earlier``:
+    the former default, by which infotexts and presets are read that do not name the row.
     """
 
     key: str
@@ -43,6 +44,12 @@ class Parameter:
     choices: tuple[str, ...] = ()
     where: tuple[str, ...] = ("panel", "cli")
     multiple_of: int = 1
+    earlier: Any = None
+
+    @property
+    def unsaid(self) -> Any:
+        """The value that infotext without the row's entry means: ``earlier``, else the default."""
+        return self.default if self.earlier is None else self.earlier
 
     @property
     def flag(self) -> str:
@@ -98,6 +105,7 @@ def row(
     choices: tuple[str, ...] = (),
     where: tuple[str, ...] = ("panel", "cli"),
     multiple_of: int = 1,
+    earlier: Any = None,
     required: bool = False,
 ) -> T:
     """Declares a dataclass field as a parameter; the arguments are as in ``Parameter``.
@@ -108,7 +116,7 @@ def row(
     """
     described = {
         "default": default, "label": label, "help": help_text, "low": low, "high": high, "step": step,
-        "choices": choices, "where": where, "multiple_of": multiple_of,
+        "choices": choices, "where": where, "multiple_of": multiple_of, "earlier": earlier,
     }  # fmt: skip
     if required:
         return field(metadata={_METADATA: described})

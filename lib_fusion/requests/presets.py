@@ -8,29 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from lib_fusion.errors import FusionError, SettingError
-from lib_fusion.requests.settings import FusionSettings
+from lib_fusion.requests.settings import PARAMETERS, FusionSettings
 
 LONGEST_NAME = 200
 #: The name of a person's own file, in the WebUI's data directory.
 FILE = "denoiser-fusion-presets.json"
-#: MagicFusion's published settings (its own examples; the code's saliency), the mask held after the noisiest steps,
-#: and AFA for the later half.
+#: The paper's rule: a mask at every step, one guidance scale.
+PAPER: dict[str, Any] = {
+    "method": "SNB", "snb_window": [1000, 0], "snb_outside": "base", "k_general": 1.0, "k_expert": 1.0,
+    "snb_saliency": "own", "snb_hold": 0.0, "snb_from": 1000.0, "guidance": "off",
+}  # fmt: skip
+#: The panel's own values for the fusion, the best that was measured for two experts.
+RECOMMENDED: dict[str, Any] = {
+    key: value for key, value in FusionSettings().to_dict().items()
+    if key in PAPER or key in ("guidance_until", "guidance_after")
+}  # fmt: skip
+#: The presets that are shipped, the best first.
 SHIPPED: dict[str, dict[str, Any]] = {
-    "MagicFusion: lion (first SNB, then the base)": {
-        "method": "SNB", "snb_window": [1000, 600], "snb_outside": "base", "k_general": 1.0, "k_expert": 1.0,
-        "snb_saliency": "code", "snb_hold": 0.0,
-    },
-    "MagicFusion: bee (first the base, then SNB)": {
-        "method": "SNB", "snb_window": [850, 0], "snb_outside": "base", "k_general": 1.0, "k_expert": 1.0,
-        "snb_saliency": "code", "snb_hold": 0.0,
-    },
-    "Held mask: who draws what is decided early": {
-        "method": "SNB", "snb_window": [1000, 0], "snb_outside": "base", "k_general": 1.0, "k_expert": 1.0,
-        "snb_saliency": "own", "snb_hold": 900.0,
-    },
+    "Two experts: decide early, average, then place": RECOMMENDED,
+    "General base with experts made from it": RECOMMENDED | {"snb_saliency": "divergence"},
     "Average first, then AFA": {
         "method": "AFA", "snb_window": [500, 0], "snb_outside": "average",
     },
+    "Held mask, used at once": PAPER | {"snb_hold": 900.0},
+    "MagicFusion (paper): a mask at every step": PAPER,
+    "MagicFusion: lion (first SNB, then the base)": PAPER | {"snb_window": [1000, 600], "snb_saliency": "code"},
+    "MagicFusion: bee (first the base, then SNB)": PAPER | {"snb_window": [850, 0], "snb_saliency": "code"},
     "Defaults": FusionSettings().to_dict() | {"experts": None},
 }  # fmt: skip
 
@@ -79,7 +82,7 @@ class Presets:
             raise FusionError(f"{self.path.name}: can't be read ({error}); mend or remove it") from error
         if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
             raise FusionError(f"{self.path.name}: allowed: a JSON object of presets by name")
-        return found
+        return {name: complete_earlier(values) for name, values in found.items()}
 
     def _write(self, presets: dict[str, dict[str, Any]]) -> None:
         partial = self.path.with_suffix(".partial")
@@ -91,3 +94,10 @@ class Presets:
         except (OSError, ValueError) as error:
             partial.unlink(missing_ok=True)
             raise FusionError(f"{self.path.name}: can't be written ({error}); nothing has changed") from error
+
+
+def complete_earlier(values: dict[str, Any]) -> dict[str, Any]:
+    """A preset saved before some rows were added, with the values for them that it was saved under."""
+    if "snb_hold" not in values:
+        return values
+    return {**{row.key: row.earlier for row in PARAMETERS if row.earlier is not None}, **values}

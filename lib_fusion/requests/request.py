@@ -19,17 +19,11 @@ from lib_fusion.requests.settings import (
     FusionSettings,
 )
 
-#: What can't be given in the WebUI, by row: a mask picture has no place in the panel.
-WITHHELD = {"method": ("Mask",)}
 #: A plot's axis for a whole preset, beside the fields' elements.
 PRESET = "preset"
 #: The controls of a window, and the axes for one end of it.
 WINDOW_ENDS = ("start", "end")
 FREEU_CUSTOM_KEYS = {row.key for row in FREEU_CUSTOM}
-
-
-def allowed_choices(row: Parameter) -> tuple[str, ...]:
-    return tuple(choice for choice in row.choices if choice not in WITHHELD.get(row.key, ()))
 
 
 def default_values() -> list[Any]:
@@ -70,29 +64,30 @@ def put_axes(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, An
     experts = [dict(expert) for expert in experts]
     experts += [{} for _ in range(MAX_EXPERTS - len(experts))]
     for field in list_fields():
+        target = result if field.expert is None else experts[field.expert]
         if field.element in axes:
-            target = result if field.expert is None else experts[field.expert]
             target[field.row.key] = axes[field.element]
         if field.width == 2:
-            put_ends(result, field, axes)
+            put_ends(target, field, axes)
     result["experts"] = [expert for expert in experts if expert.get("checkpoint", "") not in NO_CHECKPOINT]
     chosen = str(result.get("freeu", "Off")).strip().lower()
     if chosen != "custom" and ("freeu" in axes or PRESET in axes):
         result = {key: value for key, value in result.items() if key not in FREEU_CUSTOM_KEYS}
-    removes = any(key in ("freeu", "skipping") or (key.endswith("_checkpoint") and value in NO_CHECKPOINT)
+    removes = any(key in ("freeu", "skipping", "guidance") or (key.endswith("_checkpoint") and value in NO_CHECKPOINT)
                   for key, value in axes.items())  # fmt: skip
     is_off = all(str(result.get(key, "Off")).strip().lower() == "off" for key in ("freeu", "skipping"))
+    is_off = is_off and str(result.get("guidance", "")).strip().lower() != "always"
     if removes and not result["experts"] and is_off:
         result[ENABLED.key] = False
     return result
 
 
-def put_ends(result: dict[str, Any], field: Field, axes: Mapping[str, Any]) -> None:
-    """Puts a plot's values for one end of a window, or for both, into an API dict; raises SettingError."""
+def put_ends(target: dict[str, Any], field: Field, axes: Mapping[str, Any]) -> None:
+    """Puts a plot's values for one end of a window, or for both, into an API dict or an expert's."""
     ends = [axes.get(f"{field.element}_{end}") for end in WINDOW_ENDS]
     if any(end is not None for end in ends):
-        window = field.row.read(result.get(field.row.key, field.row.default))
-        result[field.row.key] = [was if end is None else end for was, end in zip(window, ends)]
+        window = field.row.read(target.get(field.row.key, field.row.default))
+        target[field.row.key] = [was if end is None else end for was, end in zip(window, ends)]
 
 
 def read_dict(values: Mapping[str, Any]) -> FusionSettings | None:
@@ -104,11 +99,6 @@ def read_dict(values: Mapping[str, Any]) -> FusionSettings | None:
     COMPARE.read(values.get(COMPARE.key, False))
     rest = {key: value for key, value in values.items() if key not in (ENABLED.key, COMPARE.key)}
     settings = FusionSettings.from_dict(rest)
-    for key, withheld in WITHHELD.items():
-        if getattr(settings, key) in withheld:
-            row = next(row for row in PARAMETERS if row.key == key)
-            allowed = f"allowed in the WebUI: {', '.join(allowed_choices(row))}"
-            raise SettingError(key, getattr(settings, key), allowed)
     if not ENABLED.read(values.get(ENABLED.key, True)):
         return None
     if settings.is_idle or len(settings.experts) > MAX_EXPERTS:
@@ -162,6 +152,8 @@ def dict_to_panel(values: Mapping[str, Any]) -> list[Any]:
 def write_schema() -> dict[str, Any]:
     """JSON schema of the API's one object."""
     expert = {row.key: _schema_of(row) for row in EXPERT_PARAMETERS}
+    expert["mask"] = {"type": "string", "description": "A painted mask: base64 of a picture file, white where the "
+                      "expert draws; with place \"mask\".", "default": ""}  # fmt: skip
     experts = {
         "type": "array", "maxItems": MAX_EXPERTS, "description": "The experts, in order.",
         "items": {"type": "object", "properties": expert, "required": ["checkpoint"], "additionalProperties": False},
@@ -186,7 +178,7 @@ def _schema_of(row: Parameter) -> dict[str, Any]:
     kinds = {"bool": "boolean", "int": "integer", "float": "number", "choice": "string", "text": "string"}
     schema |= {"type": kinds[row.kind], "default": row.default}
     if row.kind == "choice":
-        schema["enum"] = list(allowed_choices(row))
+        schema["enum"] = list(row.choices)
     if row.kind in ("int", "float"):
         limits = {"minimum": row.low, "maximum": row.high}
         schema |= {name: limit for name, limit in limits.items() if abs(limit) != float("inf")}

@@ -15,6 +15,8 @@ from lib_fusion.requests.parameters import CLI, PANEL, Parameter, read_rows, row
 TIMESTEPS = 1000
 #: How many experts the panel and the API take.
 MAX_EXPERTS = 3
+#: The most characters of a painted mask in base64.
+LONGEST_MASK = 16_000_000
 
 #: FreeU's published factors by version: those that the authors' repository recommends now (2) and its first ones (1).
 #: For SDXL in version 1 they are Nasir Khalid's, whom it links to.
@@ -73,6 +75,19 @@ def _freeu_cutoff(stage: int) -> float:
     return row(0.0, f"FreeU cutoff {stage}", help_text, low=0, high=1)
 
 
+def is_within(timestep: float, window: tuple[float, float]) -> bool:
+    """Whether a timestep is in a window: ``start >= t > end``, and down to 0 where the end is 0."""
+    start, end = window
+    return start > end and timestep <= start and (timestep > end or end == 0)
+
+
+def read_mask_text(value: Any, field_name: str) -> str:
+    """A painted mask's base64 text; raises SettingError where it is none."""
+    if not isinstance(value, str) or len(value) > LONGEST_MASK:
+        raise SettingError(field_name, value, f"allowed: a picture file in base64, at most {LONGEST_MASK} characters")
+    return value
+
+
 @dataclass(frozen=True)
 class ExpertSettings:
     """One expert; the panel has a block of these rows for each."""
@@ -88,7 +103,30 @@ class ExpertSettings:
         "Whose text encoder reads the expert's prompts: its own, or the base's as in MagicFusion's code.",
         choices=("own", "base"))
     loras: bool = row(False, "LoRAs", "Whether the LoRAs of the picture's prompt also act on this expert.", where=PANEL)
+    weight: float = row(
+        1.0, "weight", "How much the expert counts where it draws: 0 is the base alone, 1 the expert alone.",
+        low=0, high=1, step=0.05)
+    window: tuple[float, float] = row(
+        (1000.0, 0.0), "window", "Timesteps in which this expert takes part, from START down to END.",
+        low=0, high=TIMESTEPS)
+    place: str = row(
+        "auto", "place",
+        "Where the expert draws. auto: where it is salient (SNB). mask: where its painted mask is white. "
+        "columns 1:1 2: in the second of two columns; rows 2:1 1: in the first of two rows; 0.5,0,0.5,1: in a "
+        "rectangle (left, top, width, height in parts of the picture), several with ; between them. The base draws "
+        "the rest.")
+    #: A painted mask as base64 of a picture file, white where the expert draws; for place ``mask``.
+    mask: str = ""
     # fmt: on
+
+    @property
+    def is_painted(self) -> bool:
+        """Whether the place is a painted mask: ``mask``, or ``mask`` and the hash of one that was used before."""
+        return self.place.strip().lower().partition(" ")[0] == "mask"
+
+    def in_window(self, timestep: float) -> bool:
+        """Whether the expert takes part at this timestep."""
+        return is_within(timestep, self.window)
 
 
 @dataclass(frozen=True)
@@ -100,9 +138,8 @@ class FusionSettings:
     method: str = row(
         "SNB", "method",
         "SNB: each position from the most salient model. Average: the mean of all models' noises. "
-        "AFA: features of all models, aggregated block by block with trained attention maps. "
-        "Mask: the first expert where a given picture is white.",
-        choices=("SNB", "Average", "AFA", "Mask"))
+        "AFA: features of all models, aggregated block by block with trained attention maps.",
+        choices=("SNB", "Average", "AFA"))
     snb_window: tuple[float, float] = row(
         (1000.0, 0.0), "window",
         "Timesteps in which the models are fused, from START down to END (1000 is pure noise, 0 the picture).",
@@ -116,13 +153,38 @@ class FusionSettings:
     snb_saliency: str = row(
         "own", "saliency",
         "own: each model's prompt against its own empty prompt (the paper). "
-        "code: against the base's empty prompt (the official code).",
-        choices=("own", "code"))
+        "code: against the base's empty prompt (the official code). "
+        "divergence: each expert's prompt against the base's, for experts that were made from the base; with two or "
+        "more of them the base itself draws nothing.",
+        choices=("own", "code", "divergence"))
     snb_hold: float = row(
-        0.0, "mask hold",
-        "The saliency mask is accumulated down to this timestep and then held; "
-        "0: a new mask at every step (the paper).",
-        low=0, high=TIMESTEPS, step=10)
+        900.0, "mask hold",
+        "Down to this timestep the mask is decided: the saliencies add up, and each step has a mask of its own. Then "
+        "it is held. 0: a new mask at every step (the paper).",
+        low=0, high=TIMESTEPS, step=10, earlier=0.0)
+    snb_from: float = row(
+        300.0, "mask from",
+        "The held mask is used from this timestep down; until then the models' average draws. 1000: at once.",
+        low=0, high=TIMESTEPS, step=10, earlier=1000.0)
+    place_strength: float = row(
+        1.0, "place strength",
+        "How much a place counts against saliency. 1: an expert draws in its place and nowhere else; 0: places do "
+        "nothing; between the two they are a prior on the saliency mask.",
+        low=0, high=1, step=0.05)
+    place_feather: float = row(
+        2.0, "place feather", "How soft the edges of places are, in latent pixels (8 pixels of the picture).",
+        low=0, high=32, step=0.5)
+    guidance: str = row(
+        "with experts", "guidance interval",
+        "When the guidance is lowered late in the pass: in pictures with experts, in all pictures, or never.",
+        choices=("with experts", "always", "off"), earlier="off")
+    guidance_until: float = row(
+        500.0, "guidance until", "Below this timestep the guidance is lowered.", low=0, high=TIMESTEPS, step=10)
+    guidance_after: float = row(
+        2.0, "guidance after",
+        "The guidance scale below that timestep, if it is less than the picture's. At 1 the unconditional halves are "
+        "not computed, which saves half of the time there.",
+        low=1, high=30, step=0.5)
     passes: str = row(
         "both", "passes", "In which sampling passes all of this acts: both, only the first, or only hires fix.",
         choices=("both", "first", "hires"), where=PANEL)
@@ -228,20 +290,36 @@ class FusionSettings:
         for i, expert in enumerate(experts):
             if not isinstance(expert, Mapping):
                 raise SettingError(f"experts[{i}]", expert, "allowed: an object with a checkpoint")
-            read.append(ExpertSettings(**read_rows(EXPERT_PARAMETERS, expert, f"experts[{i}].")))
+            mask = read_mask_text(expert.get("mask", ""), f"experts[{i}].mask")
+            known = {key: value for key, value in expert.items() if key != "mask"}
+            read.append(ExpertSettings(**read_rows(EXPERT_PARAMETERS, known, f"experts[{i}]."), mask=mask))
         rest = {key: value for key, value in values.items() if key != "experts"}
         rows = read_rows(PARAMETERS, rest)
         for factor in FREEU_CUSTOM:
             if rows["freeu"] != "Custom" and rows[factor.key] != factor.default:
                 told = f"allowed with freeu {rows['freeu']}: {factor.default:g}; Custom takes others"
                 raise SettingError(factor.key, rows[factor.key], told)
-        return cls(experts=tuple(read), **rows)
+        settings = cls(experts=tuple(read), **rows)
+        settings._check_experts()
+        return settings
+
+    def _check_experts(self) -> None:
+        """Raises SettingError for rows of experts that AFA can't honour, and for masks without a place for them."""
+        for i, expert in enumerate(self.experts):
+            for key in ("weight", "window", "place") if self.method == "AFA" else ():
+                found = next(row for row in EXPERT_PARAMETERS if row.key == key)
+                if getattr(expert, key) != found.default:
+                    allowed = f"allowed with method AFA: {found.show(found.default)}; its aggregator weighs the models"
+                    raise SettingError(f"experts[{i}].{key}", getattr(expert, key), allowed)
+            if expert.mask and not expert.is_painted:
+                raise SettingError(f"experts[{i}].place", expert.place, "allowed with a mask: mask")
 
     def to_dict(self) -> dict[str, Any]:
         """The values as JSON objects and lists, in the form that ``from_dict`` reads."""
         rows = {row.key: getattr(self, row.key) for row in PARAMETERS}
         rows["snb_window"] = list(self.snb_window)
-        return {"experts": [dict(vars(expert)) for expert in self.experts], **rows}
+        experts = [{**vars(expert), "window": list(expert.window)} for expert in self.experts]
+        return {"experts": [{k: v for k, v in expert.items() if k != "mask" or v} for expert in experts], **rows}
 
     @property
     def needs_aggregator(self) -> bool:
@@ -262,14 +340,19 @@ class FusionSettings:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the settings change nothing: no experts, no FreeU, no skipping."""
+        """Whether the settings change nothing: no experts, no FreeU, no skipping, no guidance interval."""
         names_experts = self.needs_aggregator and bool(self.afa_aggregator)
-        return not self.experts and not names_experts and self.freeu == "Off" and self.skipping == "Off"
+        is_plain = self.freeu == "Off" and self.skipping == "Off" and self.guidance != "always"
+        return is_plain and not self.experts and not names_experts
+
+    @property
+    def lowers_guidance(self) -> bool:
+        """Whether the guidance interval acts."""
+        return self.guidance == "always" or (self.guidance == "with experts" and bool(self.experts))
 
     def in_window(self, timestep: float) -> bool:
-        """Whether the models are fused at this timestep: ``start >= t > end``, and down to 0 where the end is 0."""
-        start, end = self.snb_window
-        return start > end and timestep <= start and (timestep > end or end == 0)
+        """Whether the models are fused at this timestep."""
+        return is_within(timestep, self.snb_window)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from torch import nn
 
 from lib_fusion.errors import FusionError
 
+#: A U-Net with LDM's modules, the host's class or ours; a module's attributes have no types.
+UNetLike = Any
+
 
 @dataclass(frozen=True, eq=False)
 class Point:

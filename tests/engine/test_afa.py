@@ -17,14 +17,14 @@ from lib_fusion.fusion.aggregator_files import Card, model_of, read_card, save_a
 from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import ExpertSettings, FusionSettings, GenerationSettings
-from tests.helpers import relative_error
+from tests.helpers import PLAIN, relative_error
 from tests.methods.test_afa import randomize
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 ANIMALS, VEHICLES, FOOD = (DEMO / f"{name}.safetensors" for name in ("animals", "vehicles", "food"))
 PROMPT = "a fox left of a tractor, flat drawing"
 GENERATION = GenerationSettings((PROMPT,), width=256, height=128, steps=4, cfg_scale=5)
-AFA = FusionSettings(experts=(ExpertSettings("expert"),), method="AFA")
+AFA = FusionSettings(experts=(ExpertSettings("expert"),), method="AFA", **PLAIN)
 UNIFORM = replace(AFA, afa_maps="uniform")
 
 

@@ -15,13 +15,14 @@ from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.fusion.records import Keep
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import GENERATION_PARAMETERS, ExpertSettings, FusionSettings, GenerationSettings
+from tests.helpers import PLAIN
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 ANIMALS, VEHICLES, FOOD = (DEMO / f"{name}.safetensors" for name in ("animals", "vehicles", "food"))
 SAMPLERS = next(row.choices for row in GENERATION_PARAMETERS if row.key == "sampler")
 PROMPT = "a fox left of a tractor, flat drawing"
 GENERATION = GenerationSettings((PROMPT,), width=256, height=128, steps=6, cfg_scale=5)
-ONE = FusionSettings(experts=(ExpertSettings("expert"),))
+ONE = FusionSettings(experts=(ExpertSettings("expert"),), **PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_the_record_counts_calls_and_rows(pair):
 
 def test_three_experts_share_the_picture():
     engine = Engine(DEMO / "general.safetensors", [ANIMALS, VEHICLES, FOOD])
-    fusion = FusionSettings(experts=tuple(ExpertSettings(name) for name in "abc"))
+    fusion = FusionSettings(experts=tuple(ExpertSettings(name) for name in "abc"), **PLAIN)
     session = FusionSession(fusion, keep=Keep.read(["masks"]))
     engine.denoise([(PROMPT, 0)], GENERATION, session)
     assert session.calls == [GENERATION.steps] * 4

@@ -17,8 +17,8 @@ from lib_fusion.fusion.session import AGGREGATOR, FusionSession
 from lib_fusion.methods.skipping import ThirdOrderEstimator
 from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 from tests.engine.test_generate import ANIMALS, ONE, VEHICLES
-from tests.methods.test_afa import inputs, small
 from tests.fusion.test_lockstep import models, told, trained
+from tests.methods.test_afa import inputs, small
 
 GENERATION = GenerationSettings(("a fox",), width=64, height=64, steps=3)
 UNIFORM = replace(ONE, method="AFA", afa_maps="uniform")

@@ -23,12 +23,13 @@ from lib_fusion.fusion.rows import Rows
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.fusion.step import Step
 from lib_fusion.requests.settings import GENERATION_PARAMETERS, ExpertSettings, FusionSettings, GenerationSettings
+from tests.helpers import PLAIN
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 SAMPLERS = next(row.choices for row in GENERATION_PARAMETERS if row.key == "sampler")
 PROMPTS = ("a fox, flat drawing", "a bus, glossy render", "a pizza, flat drawing")
 GENERATION = GenerationSettings(PROMPTS, width=128, height=128, steps=16, cfg_scale=5)
-ON = FusionSettings(skipping="Forecast")
+ON = FusionSettings(skipping="Forecast", **PLAIN)
 
 
 @pytest.fixture(scope="module")

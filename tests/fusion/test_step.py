@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lib_fusion.errors import FusionError
 from lib_fusion.fusion.level import Level, Schedule
+from lib_fusion.fusion.places import make_places
 from lib_fusion.fusion.policies import Skips
 from lib_fusion.fusion.records import Keep
 from lib_fusion.fusion.rows import Rows
@@ -21,15 +22,18 @@ from lib_fusion.fusion.session import FusionSession
 from lib_fusion.fusion.step import Step
 from lib_fusion.methods import snb
 from lib_fusion.requests.settings import FusionSettings
+from tests.helpers import PLAIN
 
 SIZE = (6, 10)
 Noises = dict[int, torch.Tensor]
 
 
 def session(experts: int = 1, **values) -> FusionSession:
-    mask = values.pop("fixed_mask", None)
-    settings = FusionSettings.from_dict({"experts": [{"checkpoint": str(i)} for i in range(experts)], **values})
-    return FusionSession(settings, fixed_mask=mask, keep=Keep.read(["masks"]), guidance_scale=7)
+    """By the paper's rule unless ``values`` say otherwise; ``own``: rows of the first expert."""
+    own, masks = values.pop("own", {}), values.pop("masks", {})
+    listed = [{"checkpoint": str(i), **(own if i == 0 else {})} for i in range(experts)]
+    settings = FusionSettings.from_dict({"experts": listed, **PLAIN, **values})
+    return FusionSession(settings, make_places(settings, masks), Keep.read(["masks"]), guidance_scale=7)
 
 
 def predictions(models: int, seed: int = 0) -> tuple[Noises, Noises]:
@@ -111,8 +115,10 @@ def test_snb_takes_the_unconditional_of_the_variant(variant):
 
 def test_experts_equal_to_the_base_change_nothing():
     cond, uncond = predictions(1)
-    for method in ("SNB", "Mask"):
-        s = session(experts=1, method=method, fixed_mask=torch.ones(1, 1, 3, 5, dtype=torch.bool))
+    half = torch.zeros(1, 1, 6, 10)
+    half[..., 5:] = 1
+    for how in ({}, {"snb_hold": 900, "snb_from": 300}, {"own": {"place": "mask"}, "masks": {1: half}}):
+        s = session(experts=1, **how)
         c, u = take(s, 500, dict.fromkeys(range(2), cond[0]), dict.fromkeys(range(2), uncond[0]))
         assert torch.equal(c, cond[0])
         assert torch.equal(u, uncond[0])
@@ -124,11 +130,11 @@ def test_average():
     torch.testing.assert_close(c, (cond[0] + cond[1] + cond[2]) / 3)
 
 
-def test_fixed_mask_is_resized_to_the_latent():
-    mask = torch.zeros(1, 1, 48, 80, dtype=torch.bool)
-    mask[..., 40:] = True
+def test_a_painted_mask_is_resized_to_the_latents():
+    mask = torch.zeros(1, 1, 48, 80)
+    mask[..., 40:] = 1
     cond, uncond = predictions(2)
-    c, _ = take(session(method="Mask", fixed_mask=mask), 500, cond, uncond)
+    c, _ = take(session(own={"place": "mask"}, masks={1: mask}, place_feather=0), 500, cond, uncond)
     assert torch.equal(c[..., :5], cond[0][..., :5])
     assert torch.equal(c[..., 5:], cond[1][..., 5:])
 

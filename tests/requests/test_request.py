@@ -19,7 +19,7 @@ FULL = {
          "loras": True},
         {"checkpoint": "c.safetensors"},
     ],
-    "method": "Average", "snb_window": [900.0, 100.0], "snb_outside": "expert", "k_general": 2.0, "k_expert": 3.5,
+    "method": "SNB", "snb_window": [900.0, 100.0], "snb_outside": "expert", "k_general": 2.0, "k_expert": 3.5,
     "snb_saliency": "code", "snb_hold": 700.0, "passes": "first",
 }  # fmt: skip
 
@@ -49,7 +49,7 @@ def test_every_row_has_a_control_and_a_schema_entry() -> None:
     properties = request.write_schema()["properties"]
     rows = {row.key for row in PARAMETERS if "panel" in row.where}
     assert set(properties) == {"experts", "enabled", "compare"} | rows
-    assert set(properties["experts"]["items"]["properties"]) == {row.key for row in EXPERT_PARAMETERS}
+    assert set(properties["experts"]["items"]["properties"]) == {row.key for row in EXPERT_PARAMETERS} | {"mask"}
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, C
 
 #: Settings classes, their tables, and their fields that are no rows.
 TABLES = [
-    (ExpertSettings, EXPERT_PARAMETERS, set()),
+    (ExpertSettings, EXPERT_PARAMETERS, {"mask"}),
     (FusionSettings, PARAMETERS, {"experts"}),
     (GenerationSettings, GENERATION_PARAMETERS, {"prompts"}),
     (CacheSettings, CACHE_PARAMETERS, set()),
@@ -54,6 +54,7 @@ def test_an_expert_has_a_checkpoint():
         ExpertSettings()
     assert vars(ExpertSettings("a", "b", "c", "base", True)) == {
         "checkpoint": "a", "prompt": "b", "negative_prompt": "c", "text_encoder": "base", "loras": True,
+        "weight": 1.0, "window": (1000.0, 0.0), "place": "auto", "mask": "",
     }  # fmt: skip
 
 
@@ -93,7 +94,8 @@ def test_groups_are_whole():
     assert [row.key for row in FREEU_CUSTOM] == [
         f"freeu_{factor}{stage}" for stage in (1, 2, 3) for factor in ("b", "s", "offset", "width", "high", "cutoff")
     ]
-    assert PARAMETERS[9:] == FREEU_PARAMETERS + SKIP_PARAMETERS + AFA_PARAMETERS
+    grouped = FREEU_PARAMETERS + SKIP_PARAMETERS + AFA_PARAMETERS
+    assert PARAMETERS[-len(grouped) :] == grouped
 
 
 @pytest.mark.parametrize("row", ALL, ids=lambda row: row.key)

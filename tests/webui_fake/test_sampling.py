@@ -11,6 +11,7 @@ from torch import nn
 
 from lib_fusion.methods import snb
 from lib_fusion.requests.settings import FusionSettings
+from tests.helpers import PLAIN
 from tests.webui_fake import fakes
 
 
@@ -101,7 +102,7 @@ def sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def make_pass(sampling: Any, step: Step, expert: UNet, **settings: Any) -> Any:
     sampling.shared.sd_model = step.model
-    told = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], **settings})
+    told = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], **PLAIN, **settings})
     loaded = SimpleNamespace(unet=expert, model=sampling.model_of(step.model))
     return sampling.FusionPass(told, lambda _: ([loaded], [None]), step.sampler, step.model)
 

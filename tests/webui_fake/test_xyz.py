@@ -50,7 +50,9 @@ def test_each_field_has_its_axis_once(plot: SimpleNamespace) -> None:
     labels = [option.label for option in plot.axis_options]
     assert len(labels) == len(set(labels))
     assert {f"[Fusion] {field.label}" for field in infotext.list_fields()} < set(labels)
-    assert len(labels) == 1 + 2 + 2 + len(list(infotext.list_fields()))  # nothing; switch, preset; two ends
+    listed = list(infotext.list_fields())
+    ends = 2 * sum(field.width == 2 for field in listed)
+    assert len(labels) == 1 + 2 + ends + len(listed)  # nothing; switch, preset; both ends of each window
 
 
 def test_what_is_loaded_is_in_the_outer_loop(plot: SimpleNamespace) -> None:

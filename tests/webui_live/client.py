@@ -14,7 +14,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lib_fusion.requests.presets import PAPER
+from lib_fusion.requests.settings import EXPERT_PARAMETERS
+
 TITLE = "Denoiser Fusion"
+PLAIN = {key: PAPER[key] for key in ("snb_hold", "snb_from", "guidance")}
 PICTURE = {"prompt": "a (red:1.2) cat, in a hat", "negative_prompt": "dog", "steps": 4, "width": 128, "height": 128,
            "seed": 1, "sampler_name": "Euler", "cfg_scale": 5}  # fmt: skip
 
@@ -124,6 +128,9 @@ def decode(text: str) -> np.ndarray:
 
 
 def expert(name: str, **more: Any) -> dict[str, Any]:
-    """An API dict with one expert; keys of an expert go into it, the rest beside it."""
-    own = {key: more.pop(key) for key in ("prompt", "negative_prompt", "text_encoder", "loras") if key in more}
-    return {"experts": [{"checkpoint": name, **own}], **more}
+    """An API dict with one expert, by the paper's rule where ``more`` says nothing else.
+
+    Keys of an expert go into it, the rest stay outside.
+    """
+    own = {row.key: more.pop(row.key) for row in EXPERT_PARAMETERS if row.key in more}
+    return {"experts": [{"checkpoint": name, **own}], **PLAIN, **more}

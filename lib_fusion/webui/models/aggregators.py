@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from modules import devices, paths, sd_models
 from torch import nn
 
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.fusion.aggregator_files import Card, Model, load_for, model_of, read_card
-from lib_fusion.fusion.lockstep import Lockstep, mean_context
+from lib_fusion.fusion.lockstep import Lockstep
 from lib_fusion.log import log_loaded, logger
 from lib_fusion.methods import afa
 from lib_fusion.requests.infotext import NO_CHECKPOINT
 from lib_fusion.requests.settings import MAX_EXPERTS, ExpertSettings, FusionSettings
-from lib_fusion.webui.sampling.contexts import pad_alike, tokens_of, vector_of
 
 FOLDER = "denoiser-fusion"
 #: The folder therein that trainings keep their state in; no aggregator files for use.
@@ -138,15 +135,3 @@ def make_lockstep(
     else:
         raise SettingError("afa_maps", settings.afa_maps, f"allowed: one of the {count} models")
     return Lockstep(unet, [expert.unet or unet for expert in experts], aggregators)
-
-
-@contextmanager
-def together(lockstep: Lockstep, conds: Sequence[dict[str, Any]], empties: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Around the base's call: all models take part. ``conds``: each model's conditioning of the call, base first.
-
-    ``empties`` (1,T,D): each model's states of the empty prompt, with which shorter prompts are filled up for the mean.
-    """
-    states = [tokens_of(cond) for cond in conds]
-    mean = mean_context(pad_alike(states, empties))
-    with lockstep.running(states[1:], mean, [vector_of(cond) for cond in conds[1:]]):
-        yield

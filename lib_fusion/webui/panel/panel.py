@@ -300,7 +300,7 @@ def make_controls(field: Field, elem_id: Callable[[str], str]) -> list[Any]:
     if row.kind == "bool":
         return [gr.Checkbox(label=label, value=value, **common)]
     if row.kind == "choice":
-        choices = list(request.allowed_choices(row))
+        choices = list(row.choices)
         if len(choices) > MOST_BUTTONS:
             return [gr.Dropdown(label=label, choices=choices, value=value, **common)]
         return [gr.Radio(label=label, choices=choices, value=value, **common)]

@@ -41,7 +41,7 @@ def make_axes(plot: Any) -> Iterator[Any]:
         for end in request.WINDOW_ENDS if field.width == 2 else ():
             row = field.row
             part = replace(row, key=f"{row.key}_{end}", label=f"{row.label} {end}", kind="float")
-            yield make_axis(plot, Field(part))
+            yield make_axis(plot, Field(part, field.expert))
 
 
 def axis_label(label: str) -> str:
@@ -82,7 +82,7 @@ def choices_of(row: Parameter) -> Callable[[], list[str]] | None:
     if row.key == "afa_aggregator":
         return aggregators.list_aggregators
     if row.kind in ("choice", "bool"):
-        return lambda: list(request.allowed_choices(row)) if row.kind == "choice" else ["True", "False"]
+        return lambda: list(row.choices) if row.kind == "choice" else ["True", "False"]
     return None
 
 

@@ -53,7 +53,7 @@ class EulerCorrector:
         for correction in self.session.skips.take_corrections():
             for taken in self._taken:
                 if taken.step.level.log_sigma == correction.log_sigma:
-                    weights = step.guidance(correction.change.device)[correction.picture]
+                    weights = taken.step.guidance(correction.change.device)[correction.picture]
                     guided = (weights * correction.change).sum(0)
                     guided = guided * taken.step.share(correction.model, correction.picture)
                     taken.changes.append((correction.picture, guided))

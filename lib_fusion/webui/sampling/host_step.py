@@ -15,10 +15,19 @@ from torch import nn
 from lib_fusion.errors import FusionError
 from lib_fusion.fusion.blend import BASE
 from lib_fusion.fusion.level import Level
+from lib_fusion.fusion.lockstep import Lockstep, mean_context
 from lib_fusion.fusion.rows import Rows
 from lib_fusion.fusion.step import Step
-from lib_fusion.webui.models.aggregators import together
-from lib_fusion.webui.sampling.contexts import change_prediction, put_context, strip_marker, take_rows, weights_of
+from lib_fusion.webui.sampling.contexts import (
+    change_prediction,
+    pad_alike,
+    put_context,
+    strip_marker,
+    take_rows,
+    tokens_of,
+    vector_of,
+    weights_of,
+)
 from lib_fusion.webui.sampling.levels import alpha_of, has_timesteps, leaves_out_uncond, output_scale
 
 if TYPE_CHECKING:
@@ -88,14 +97,25 @@ class HostStep:
             return
         self.step.observe()
         fused = self.step.fuse()
-        if fused is None:
-            return
+        if fused is not None:
+            self._write(params, fused)
+        self._guide(params.x)
+
+    def _write(self, params: Any, fused: torch.Tensor) -> None:
         x, rows = params.x, len(fused)
         scale = output_scale(params.inner_model, self.sigma, self.fusion.sd_model.alphas_cumprod)[:rows]
         x[:rows] += ((fused.float() - self.step.output().float()) * scale).to(x.dtype)
         if rows != self.rows.num_all:  # the host has put copies of each picture's first row where the others would be
             for i, row in enumerate(self.rows.first_rows()):
                 x[self.rows.num_cond + i] = x[row]
+
+    def _guide(self, x: torch.Tensor) -> None:
+        """Draws the conditional rows towards the unconditional ones, so that the host's guidance becomes the step's."""
+        step, given = self.step, self.fusion.session.guidance_scale
+        if step.scale == given or step.spares_uncond or self._cursor != self.rows.num_all:
+            return
+        uncond = x[[self.rows.num_cond + owner for owner in self.rows.owners[: self.rows.num_cond]]]
+        x[: self.rows.num_cond] = torch.lerp(uncond, x[: self.rows.num_cond], step.scale / given)
 
     def _begin(self, timestep: float) -> Step:
         sd_model, session = self.fusion.sd_model, self.fusion.session
@@ -154,6 +174,18 @@ class HostStep:
         denoiser = self.denoiser
         padded = denoiser.padded_cond_uncond or denoiser.padded_cond_uncond_v0
         return put_context(cond, context.slice(denoiser.step, rows, padded, shared.opts.pad_cond_uncond_v0))
+
+
+@contextmanager
+def together(lockstep: Lockstep, conds: Sequence[dict[str, Any]], empties: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Around the base's call: all models take part. ``conds``: each model's conditioning of the call, base first.
+
+    ``empties`` (1,T,D): each model's states of the empty prompt, which fill up shorter prompts for the mean.
+    """
+    states = [tokens_of(cond) for cond in conds]
+    mean = mean_context(pad_alike(states, empties))
+    with lockstep.running(states[1:], mean, [vector_of(cond) for cond in conds[1:]]):
+        yield
 
 
 @contextmanager
