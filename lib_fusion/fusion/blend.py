@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib_fusion.fusion.places import Places
+from lib_fusion.fusion.places import SHARP, Places
 from lib_fusion.fusion.records import Keep, MaskRecord, Records
 from lib_fusion.methods import snb
 from lib_fusion.requests.settings import FusionSettings
@@ -163,7 +163,7 @@ class Blend:
             index = torch.where(its_map > 0.5, model, index)
         if self._masks is not None:
             self._masks.append(MaskRecord(timestep, index.cpu()))
-        if not (ruled and self.places.feather) and all(self._weights[model] == 1 for model in outputs):
+        if not (ruled and self.places.feather >= SHARP) and all(self._weights[model] == 1 for model in outputs):
             self.shares = Shares(index=index)
             return snb.select(index[owners], outputs)
         left = 1 - sum(ruled.values(), torch.zeros(1, device=index.device))

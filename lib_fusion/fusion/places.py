@@ -25,6 +25,8 @@ ALLOWED = (
 CANVAS = 512
 #: The most pixels of a painted mask.
 LARGEST_MASK = 64_000_000
+#: A feather below this (latent pixels) is none.
+SHARP = 0.05
 #: Keeps the logarithm of a prior finite where a mask is black.
 EPSILON = 1e-3
 
@@ -131,7 +133,7 @@ class Places:
 
     def _fit(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         hard = (F.interpolate(values.float(), size=tuple(size), mode="area") > 0.5).float()
-        if self.feather == 0:
+        if self.feather < SHARP:
             return hard
         reach = min(math.ceil(3 * self.feather), *(side - 1 for side in size))
         line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / self.feather) ** 2)
