@@ -1,9 +1,13 @@
-// The panel's title says what is on, controls of what is not chosen are hidden, Compare presses Generate, and the memory
-// line is renewed after each generation.
+// The panel's title says what is on, controls of what is not chosen are hidden, Compare presses Generate, the memory line
+// is renewed after each generation, and masks are painted on pictures out of the gallery.
+
+// What events of the panel call.
+var denoiserFusion = {};
 
 (function() {
     // The controls on whose choices others depend, by the classes that panel.py gives these.
-    const CHOOSERS = ['method', 'afa_maps', 'freeu', 'skipping'];
+    const CHOOSERS = ['method', 'afa_maps', 'freeu', 'skipping', 'guidance'];
+    const EXPERTS = [1, 2, 3];
     const PANEL = tab => `#script_${tab}_denoiser_fusion_`;
 
     function find(tab, element) {
@@ -17,8 +21,12 @@
         return input ? input.value.trim() : '';
     }
 
+    function isCheckpoint(name) {
+        return name !== '' && name !== 'None';
+    }
+
     function summarise(tab) {
-        const experts = [1, 2, 3].map(i => read(tab, `expert${i}_checkpoint`)).filter(name => name && name !== 'None');
+        const experts = EXPERTS.map(i => read(tab, `expert${i}_checkpoint`)).filter(isCheckpoint);
         const method = read(tab, 'method');
         const names = experts.map(name => name.replace(/^.*[\\/]/, '').replace(/\.\w+$/, '')).join(', ');
         const freeu = read(tab, 'freeu');
@@ -45,11 +53,77 @@
         if (badge.textContent !== text) badge.textContent = text;
     }
 
+    // Whether an expert has a place of its own, with a method that has places.
+    function usesPlaces(tab) {
+        return read(tab, 'method') === 'SNB' && EXPERTS.some(i => {
+            const place = read(tab, `expert${i}_place`).toLowerCase();
+            return isCheckpoint(read(tab, `expert${i}_checkpoint`)) && place !== '' && place !== 'auto';
+        });
+    }
+
+    // A picture for a canvas, as a data URL: the gallery's selected one, its first, or a grey one of the picture's size.
+    denoiserFusion.lastPicture = async function(tab) {
+        const gallery = gradioApp().querySelector(`#${tab}_gallery`);
+        const images = [...(gallery ? gallery.querySelectorAll('.thumbnail-item.selected img, img') : [])];
+        const chosen = gallery && gallery.querySelector('.thumbnail-item.selected img') || images[0];
+        if (!chosen) return [greyPicture(tab)];
+        const blob = await (await fetch(chosen.src)).blob();
+        return new Promise(resolve => {
+            const reader = new FileReader();
+            reader.onload = () => resolve([reader.result]);
+            reader.readAsDataURL(blob);
+        });
+    };
+
+    function greyPicture(tab) {
+        const size = side => Number(gradioApp().querySelector(`#${tab}_${side} input`).value) || 512;
+        const canvas = document.createElement('canvas');
+        canvas.width = size('width');
+        canvas.height = size('height');
+        const context = canvas.getContext('2d');
+        context.fillStyle = '#808080';
+        context.fillRect(0, 0, canvas.width, canvas.height);
+        return canvas.toDataURL();
+    }
+
+    // Empties a canvas; its expert draws by saliency again, unless its place is another one.
+    denoiserFusion.clear = place => [null, place.trim().toLowerCase() === 'mask' ? 'auto' : place];
+
+    // A stroke on an expert's canvas makes the painted mask its place.
+    function setupCanvases(tab) {
+        for (const i of EXPERTS) {
+            const canvas = find(tab, `expert${i}_canvas`);
+            if (!canvas) continue;
+            let painting = false;
+            for (const name of ['mousedown', 'touchstart']) {
+                canvas.addEventListener(name, event => {
+                    painting = event.target.tagName === 'CANVAS';
+                }, true);
+            }
+            for (const name of ['mouseup', 'touchend']) {
+                window.addEventListener(name, () => {
+                    if (painting) setPlace(tab, i, 'mask');
+                    painting = false;
+                });
+            }
+        }
+    }
+
+    function setPlace(tab, expert, place) {
+        const input = find(tab, `expert${expert}_place`).querySelector('textarea, input');
+        if (input.value.trim() === place) return;
+        input.value = place;
+        updateInput(input);
+    }
+
     // Shows what is of use with the choices made. Only looks are touched: hidden controls keep their values.
     function showChosen(tab) {
         const panel = find(tab, 'enable');
         if (!panel) return;
-        const chosen = CHOOSERS.map(name => `denoiser-fusion-${name}-${read(tab, name).toLowerCase()}`);
+        const chosen = CHOOSERS.map(name => {
+            return `denoiser-fusion-${name}-${read(tab, name).toLowerCase().replace(/ /g, '-')}`;
+        });
+        if (usesPlaces(tab)) chosen.push('denoiser-fusion-places-used');
         for (const element of panel.querySelectorAll('.denoiser-fusion-with')) {
             const shown = chosen.some(name => element.classList.contains(name));
             element.classList.toggle('denoiser-fusion-hidden', !shown);
@@ -104,6 +178,7 @@
             if (tabs) tabs.addEventListener('input', () => setTimeout(look, 50));
             setupFolds(tab);
             setupCompare(tab);
+            setupCanvases(tab);
             renewMemory(tab);
             const log = gradioApp().querySelector(`#html_log_${tab}`);
             if (log) new MutationObserver(() => renewMemory(tab)).observe(log, {childList: true, subtree: true});

@@ -13,7 +13,8 @@ from lib_fusion.engine.generate import Engine, single
 from lib_fusion.engine.sheets import sheet
 from lib_fusion.errors import CheckpointError
 from lib_fusion.fusion.records import Keep
-from lib_fusion.previews import mask_image, spread
+from lib_fusion.previews import mask_image
+from lib_fusion.requests.presets import PAPER
 from lib_fusion.requests.settings import ExpertSettings, FusionSettings, GenerationSettings
 
 FOLDER = Path(__file__).resolve().parents[2] / "demo"
@@ -31,7 +32,8 @@ ENSEMBLES = {
     "afa-animals-vehicles-food": ("animals", "vehicles", "food"),
 }
 CFG_SCALE = 5.0
-HOLD = 900.0
+#: The column of the default settings.
+FUSED = "fused"
 #: The timestep at which AFA takes over from the average (docs/afa.md), and the settings that make it so.
 AFA_FROM = 500.0
 AVERAGE_FIRST: dict[str, Any] = {"snb_window": (AFA_FROM, 0.0), "snb_outside": "average"}
@@ -57,22 +59,21 @@ def make_sheet(
         generation = GenerationSettings(
             (prompt,), width=width, height=height, steps=steps, seed=seed + number, cfg_scale=CFG_SCALE
         )
-        snb = FusionSettings(experts=(ExpertSettings(expert),))
+        fused = FusionSettings(experts=(ExpertSettings(expert),))
         file, models = next((f, m) for f, m in ENSEMBLES.items() if {base, expert} <= set(m))
         pair = (base, expert)
         methods = {
-            "base": (pair, single(snb, 0)),
-            "expert": (pair, single(snb, 1)),
-            "average": (pair, replace(snb, method="Average")),
-            "SNB (paper)": (pair, snb),
-            "SNB, mask held": (pair, replace(snb, snb_hold=HOLD)),
-            "AFA (paper)": (models, afa_settings(file, models)),
+            "base": (pair, single(fused, 0)),
+            "expert": (pair, single(fused, 1)),
+            "average": (pair, replace(fused, method="Average", guidance="off")),
+            "SNB (paper)": (pair, FusionSettings.from_dict({**PAPER, "experts": fused.to_dict()["experts"]})),
             "average, then AFA": (models, average_first(afa_settings(file, models))),
+            FUSED: (pair, fused),
         }
         cells: list[Image.Image] = []
         masks: list = []
         for method, (names, settings) in methods.items():
-            keep = Keep.read(["masks"] if method == "SNB (paper)" else [])
+            keep = Keep.read(["masks"] if method == FUSED else [])
             run = engine_of(*names).generate(generation, settings, keep=keep, progress=progress)
             cells.append(run.pictures[0].image)
             masks = run.pictures[0].records.masks or masks
@@ -80,21 +81,22 @@ def make_sheet(
             total["seconds"] += run.record["seconds"]
             total["unet_calls"] += run.record["unet_calls"]
             total["unet_rows"] += run.record["unet_rows"]
-        shown = [masks[i] for i in spread(len(masks))]
-        cells += [mask_image(m).resize((width, height), Image.Resampling.NEAREST) for _, m in shown]
+        cells.append(mask_image(masks[-1][1]).resize((width, height), Image.Resampling.NEAREST))
         rows.append((f"{prompt}  (base: {base}, expert: {expert})", cells))
-    columns = [*methods, *(f"mask at t = {t:.0f}" for t, _ in shown)]
-    sheet(rows, columns, out, "Two checkpoints, one picture",
-          "AFA: by aggregators trained within an hour on one core; in the last two rows, of all three experts. Masks "
-          "of SNB (paper): orange where the noise is the expert's. Held: the mask of the first steps is kept.")
+    sheet(rows, [*methods, "who draws where"], out, "Two checkpoints, one picture",
+          "Fused: who draws where is decided in the first steps (orange: the expert), then both models' average draws, "
+          "and the last third is each model's own.\nAFA: aggregators trained within an hour on one core; in the last "
+          "two rows, of all three experts.")  # fmt: skip
     return {"sheet": str(out), "scenes": [list(scene) for scene in SCENES], "steps": steps, "seed": seed,
-            "fusion": asdict(snb), "runs": list(runs.values())}  # fmt: skip
+            "fusion": asdict(fused), "runs": list(runs.values())}  # fmt: skip
 
 
 def afa_settings(file: str, models: tuple[str, ...]) -> FusionSettings:
     """AFA with a file of the demo and the models it is for, the base first."""
     experts = tuple(ExpertSettings(name) for name in models[1:])
-    return FusionSettings(experts=experts, method="AFA", afa_aggregator=str(FOLDER / f"{file}.safetensors"))
+    return FusionSettings(
+        experts=experts, method="AFA", afa_aggregator=str(FOLDER / f"{file}.safetensors"), guidance="off"
+    )
 
 
 def average_first(afa: FusionSettings) -> FusionSettings:

@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from lib_fusion.errors import SettingError
-from lib_fusion.requests.settings import FusionSettings
+from lib_fusion.requests.settings import AUTO, INPAINT, PAINTED, FusionSettings
 
-AUTO, PAINTED = "auto", "mask"
 ALLOWED = (
-    "allowed: auto; mask; rectangles as LEFT,TOP,WIDTH,HEIGHT in 0..1 with ; between them; or a part of the picture "
-    "such as columns 1:1 2 (the second of two) or rows 2:1 1"
+    "allowed: auto; mask; inpaint; rectangles as LEFT,TOP,WIDTH,HEIGHT in 0..1 with ; between them; or a part of the "
+    "picture such as columns 1:1 2 (the second of two) or rows 2:1 1"
 )
 #: Side of the maps that rectangles are drawn on, before they are resized to the latents.
 CANVAS = 512
@@ -35,12 +34,12 @@ Box = tuple[float, float, float, float]
 
 
 def read_boxes(text: str, field_name: str) -> list[Box] | None:
-    """The rectangles of a place's text; None for ``auto`` and ``mask``. Raises SettingError.
+    """The rectangles of a place's text; None for ``auto``, ``mask`` and ``inpaint``. Raises SettingError.
 
     ``columns 1:2:1 3`` is the third of three columns, whose widths are as 1 to 2 to 1; ``rows`` likewise.
     """
     plain = " ".join(text.lower().split())
-    if plain in ("", AUTO) or plain.partition(" ")[0] == PAINTED:
+    if plain in ("", AUTO, INPAINT) or plain.partition(" ")[0] == PAINTED:
         return None
     try:
         part = re.fullmatch(r"(columns|rows) ([\d.]+(?::[\d.]+)*) (\d+)", plain)

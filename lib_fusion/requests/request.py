@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from lib_fusion.requests.settings import (
     EXPERT_PARAMETERS,
     FREEU_CUSTOM,
     MAX_EXPERTS,
+    PAINTED,
     PARAMETERS,
     TIMESTEPS,
     FusionSettings,
@@ -24,14 +27,16 @@ PRESET = "preset"
 #: The controls of a window, and the axes for one end of it.
 WINDOW_ENDS = ("start", "end")
 FREEU_CUSTOM_KEYS = {row.key for row in FREEU_CUSTOM}
+#: Rows of an expert that a method does not have.
+UNUSED = {"AFA": ("weight", "window", "place"), "Average": ("place",)}
 
 
 def default_values() -> list[Any]:
-    """The panel's values as it opens: off, the table's defaults, and no comparison."""
+    """The panel's values as it opens: off, the table's defaults, no comparison, and canvases without a picture."""
     values: list[Any] = [False]
     for field in list_fields():
         values += list(field.row.default) if field.width == 2 else [panel_default(field)]
-    return [*values, COMPARE.default]
+    return [*values, COMPARE.default, *[None] * MAX_EXPERTS]
 
 
 def values_of(args: Sequence[Any]) -> Mapping[str, Any]:
@@ -67,6 +72,8 @@ def put_axes(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, An
         target = result if field.expert is None else experts[field.expert]
         if field.element in axes:
             target[field.row.key] = axes[field.element]
+            if field.row.key == "place" and str(axes[field.element]).strip().lower() != PAINTED:
+                target.pop("mask", None)
         if field.width == 2:
             put_ends(target, field, axes)
     result["experts"] = [expert for expert in experts if expert.get("checkpoint", "") not in NO_CHECKPOINT]
@@ -111,8 +118,8 @@ def read_dict(values: Mapping[str, Any]) -> FusionSettings | None:
 
 
 def panel_to_dict(args: Sequence[Any]) -> dict[str, Any]:
-    """The API dict that says what the panel's values say, without what it hides: experts without a checkpoint, and
-    FreeU's own factors where published ones are chosen."""
+    """The API dict that says what the panel's values say, without what it hides: experts without a checkpoint, what
+    the method does not have of them, and FreeU's own factors where published ones are chosen."""
     defaults = default_values()
     values = [default if value is None else value for default, value in zip(defaults, args)]
     values += defaults[len(values) :]
@@ -123,10 +130,32 @@ def panel_to_dict(args: Sequence[Any]) -> dict[str, Any]:
         target = result if field.expert is None else experts[field.expert]
         target[field.row.key] = value if field.width == 2 else value[0]
     result[COMPARE.key] = values.pop(0)
+    for expert, canvas in zip(experts, values):
+        if str(expert["place"]).strip().lower() == PAINTED and (mask := read_canvas(canvas)):
+            expert["mask"] = mask
+        for key in UNUSED.get(result["method"], ()):
+            expert.pop(key)
+            expert.pop("mask", None)
     result["experts"] = [expert for expert in experts if expert["checkpoint"] not in NO_CHECKPOINT]
     if result["freeu"] != "Custom":
         result = {key: value for key, value in result.items() if key not in FREEU_CUSTOM_KEYS}
     return result
+
+
+def read_canvas(value: Any) -> Any:
+    """The mask that a canvas gives, as base64 of a picture file; an empty text where nothing is painted.
+
+    The canvas gives its picture and what is painted on it, as pictures of the library Pillow. Text is taken as it is.
+    """
+    image: Any = value.get("mask") if isinstance(value, Mapping) else value
+    if not hasattr(image, "convert"):
+        return image
+    grey = image.convert("L")
+    if not grey.getextrema()[1]:
+        return ""
+    file = io.BytesIO()
+    grey.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def dict_to_panel(values: Mapping[str, Any]) -> list[Any]:

@@ -17,6 +17,8 @@ TIMESTEPS = 1000
 MAX_EXPERTS = 3
 #: The most characters of a painted mask in base64.
 LONGEST_MASK = 16_000_000
+#: Places that are no rectangles: where the expert is salient, its painted mask, and img2img's inpaint mask.
+AUTO, PAINTED, INPAINT = "auto", "mask", "inpaint"
 
 #: FreeU's published factors by version: those that the authors' repository recommends now (2) and its first ones (1).
 #: For SDXL in version 1 they are Nasir Khalid's, whom it links to.
@@ -112,17 +114,22 @@ class ExpertSettings:
     place: str = row(
         "auto", "place",
         "Where the expert draws. auto: where it is salient (SNB). mask: where its painted mask is white. "
-        "columns 1:1 2: in the second of two columns; rows 2:1 1: in the first of two rows; 0.5,0,0.5,1: in a "
-        "rectangle (left, top, width, height in parts of the picture), several with ; between them. The base draws "
-        "the rest.")
+        "inpaint: where img2img's inpaint mask repaints. columns 1:1 2: in the second of two columns; rows 2:1 1: in "
+        "the first of two rows; 0.5,0,0.5,1: in a rectangle (left, top, width, height in parts of the picture), "
+        "several with ; between them. The base draws the rest.")
     #: A painted mask as base64 of a picture file, white where the expert draws; for place ``mask``.
     mask: str = ""
     # fmt: on
 
     @property
     def is_painted(self) -> bool:
-        """Whether the place is a painted mask: ``mask``, or ``mask`` and the hash of one that was used before."""
-        return self.place.strip().lower().partition(" ")[0] == "mask"
+        """Whether the place is a painted mask: ``mask``, ``mask`` and the hash of a kept one, or ``inpaint``."""
+        return self.place.strip().lower().partition(" ")[0] == PAINTED or self.uses_inpaint
+
+    @property
+    def uses_inpaint(self) -> bool:
+        """Whether the place is img2img's inpaint mask."""
+        return self.place.strip().lower() == INPAINT
 
     def in_window(self, timestep: float) -> bool:
         """Whether the expert takes part at this timestep."""
@@ -311,8 +318,8 @@ class FusionSettings:
                 if getattr(expert, key) != found.default:
                     allowed = f"allowed with method AFA: {found.show(found.default)}; its aggregator weighs the models"
                     raise SettingError(f"experts[{i}].{key}", getattr(expert, key), allowed)
-            if expert.mask and not expert.is_painted:
-                raise SettingError(f"experts[{i}].place", expert.place, "allowed with a mask: mask")
+            if expert.mask and (not expert.is_painted or expert.uses_inpaint):
+                raise SettingError(f"experts[{i}].place", expert.place, f"allowed with a mask: {PAINTED}")
 
     def to_dict(self) -> dict[str, Any]:
         """The values as JSON objects and lists, in the form that ``from_dict`` reads."""

@@ -14,6 +14,7 @@ from lib_fusion.fusion.records import Records
 from lib_fusion.requests.infotext import infotext_keys, write_infotext
 from lib_fusion.requests.request import read_args, values_of
 from lib_fusion.requests.settings import COMPARE, FusionSettings
+from lib_fusion.webui.models import masks
 from lib_fusion.webui.models.aggregators import complete
 from lib_fusion.webui.models.experts import find_checkpoint
 from lib_fusion.webui.panel import compare, gallery, xyz
@@ -43,6 +44,8 @@ class Job:
     before: FusionSettings | None = None
     error: Exception | None = None
     names: list[str] = field(default_factory=list)
+    #: The experts' painted masks.
+    painted: masks.Masks = field(default_factory=dict)
     calls: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     skipped_rows: list[int] = field(default_factory=list)
@@ -86,7 +89,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
         else:
             job.settings = read_args(args, getattr(p, xyz.ATTRIBUTE, None))
         if job.settings is not None:
-            job.settings = complete(job.settings)
+            job.settings, job.painted = masks.settle(p, complete(job.settings))
             infos = [
                 find_checkpoint(expert.checkpoint, f"experts[{i}].checkpoint")
                 for i, expert in enumerate(job.settings.experts)
@@ -120,7 +123,7 @@ def wrap_sampler(p: Any) -> None:
             job.begin_batch()
         if job.settings.passes == ("first" if is_hires else "hires") and _has_pass(p, job):
             return original(steps, func)
-        samples, record = launch.launch(runtime, p, job.settings, sampler, lambda: original(steps, func))
+        samples, record = launch.launch(runtime, p, job.settings, job.painted, sampler, lambda: original(steps, func))
         job.add(record)
         _tell(p, job, record)
         return samples
@@ -134,6 +137,8 @@ def end(p: Any, processed: Any) -> None:
     job: Job | None = getattr(p, ATTRIBUTE, None)
     if job is None or job.settings is None or not processed.images:  # none yet: ADetailer ends once too early
         return
+    with _told_of(processed, "mask"):
+        masks.save_masks(p, processed, job.painted)
     kept = getattr(p, KEPT, None)
     if kept is not None:
         with _told_of(processed, "comparison"):

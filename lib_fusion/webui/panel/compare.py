@@ -7,6 +7,7 @@ that the host and other extensions do happens to each.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ def keep_request(p: Any) -> Any:
 
 
 def alone(settings: FusionSettings, expert: int) -> FusionSettings:
-    """Settings under which one expert draws by itself, with its own prompts."""
-    return FusionSettings(experts=(settings.experts[expert],), snb_window=(0.0, 0.0), snb_outside="expert")
+    """Settings under which one expert draws the whole picture by itself, with its own prompts, as the host guides."""
+    whole = replace(settings.experts[expert], weight=1.0, window=(1000.0, 0.0), place="auto", mask="")
+    return FusionSettings(experts=(whole,), snb_window=(0.0, 0.0), snb_outside="expert", guidance="off")
 
 
 def column_titles(names: list[str]) -> list[str]:

@@ -18,13 +18,16 @@ from lib_fusion.errors import FusionError
 from lib_fusion.requests import infotext, presets, request
 from lib_fusion.requests.infotext import Field
 from lib_fusion.requests.settings import (
+    AUTO,
     COMPARE,
     FREEU_AUTO,
     FREEU_PUBLISHED,
     FREEU_PUBLISHED_ROWS,
     FREEU_STAGES,
+    INPAINT,
     MAP_PARAMETERS,
     MAX_EXPERTS,
+    PAINTED,
     PREVIEW_PARAMETERS,
     SKIP_PRESETS,
 )
@@ -48,9 +51,23 @@ AFA_TOLD = ("Not in use: the method is another one. Choosing an aggregator here 
             "in the Blend tab.")  # fmt: skip
 AFA_HINT = ("Parts that come out coarse are mostly spoilt while there is more noise than picture. The preset 'Average "
             "first, then AFA' lets the average draw until then.")  # fmt: skip
+GUIDANCE_TOLD = ("Where the host's NGMS leaves out the unconditional half of a step, it acts first: that step has no "
+                 "guidance to lower.")  # fmt: skip
+#: The places that have a button, in words.
+PLACE_BUTTONS = {"Left half": "columns 1:1 1", "Right half": "columns 1:1 2", "Top half": "rows 1:1 1",
+                 "Bottom half": "rows 1:1 2", "Painted": PAINTED, "Auto": AUTO}  # fmt: skip
+USE_WORDS = "Paint on the picture that the gallery shows, or on a grey one where it shows none"
+#: Of the strokes on a canvas, on any picture.
+BRUSH = "#ff7f0e"
+CANVAS_HEIGHT = 360
 #: Control -> the choices of another one with which alone it is of use. Elsewhere the page hides it; its value stays.
 SHOWN_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
-    "snb_saliency": ("method", ("SNB",)),
+    **{f"expert{i + 1}_weight": ("method", ("SNB", "Average")) for i in range(MAX_EXPERTS)},
+    **{f"expert{i + 1}_place": ("method", ("SNB",)) for i in range(MAX_EXPERTS)},
+    "place_strength": ("places", ("used",)),
+    "place_feather": ("places", ("used",)),
+    "guidance_until": ("guidance", ("with experts", "always")),
+    "guidance_after": ("guidance", ("with experts", "always")),
     "afa_force": ("afa_maps", ("trained",)),
     "freeu_version": ("freeu", FREEU_ON),
     "freeu_models": ("freeu", FREEU_ON),
@@ -87,16 +104,25 @@ def build(elem_id: Callable[[str], str]) -> Built:
     with ui_components.InputAccordion(False, label="Denoiser Fusion", elem_id=elem_id("enable")) as enabled:
         with gr.Tabs(elem_id=elem_id("tabs"), elem_classes=["denoiser-fusion"]):
             with gr.Tab("Experts", elem_id=elem_id("tab_experts")):
-                build_experts(place, controls, elem_id)
+                canvases = build_experts(place, controls, elem_id)
             with gr.Tab("Blend", elem_id=elem_id("tab_blend")):
                 with gr.Row():
                     place("method", "snb_outside")
                 with gr.Row():
                     place("snb_window")
-                with gr.Row(elem_classes=shown_with("method", "SNB")):
-                    place("snb_saliency", "snb_hold")
-                with gr.Row(elem_classes=shown_with("method", "SNB")):
-                    place("k_general", "k_expert")
+                with gr.Accordion("When the mask is decided and used", elem_id=elem_id("mask"),
+                                  elem_classes=shown_with("method", "SNB")):  # fmt: skip
+                    place("snb_saliency")
+                    with gr.Row():
+                        place("snb_hold", "snb_from")
+                    with gr.Row():
+                        place("k_general", "k_expert")
+            with gr.Tab("Guidance", elem_id=elem_id("tab_guidance")):
+                place("guidance")
+                with gr.Row():
+                    place("guidance_until", "guidance_after")
+                gr.HTML(GUIDANCE_TOLD, elem_id=elem_id("guidance_told"), elem_classes=[
+                    "denoiser-fusion-told", *shown_with("guidance", "with experts", "always")])  # fmt: skip
             with gr.Tab("AFA", elem_id=elem_id("tab_afa")):
                 build_afa(place, controls, elem_id)
             with gr.Tab("FreeU", elem_id=elem_id("tab_freeu")):
@@ -111,11 +137,14 @@ def build(elem_id: Callable[[str], str]) -> Built:
 
     pastes = [Paste(), *(Paste(field, part) for field in fields.values() for part in range(field.width))]
     pasted = [infotext_utils.PasteField(control, paste) for control, paste in zip([enabled, *inputs], pastes)]
-    return Built([enabled, *inputs, compare], pasted, pastes)
+    return Built([enabled, *inputs, compare, *canvases], pasted, pastes)
 
 
-def build_experts(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
-    """The first expert in full view, the others folded away."""
+def build_experts(
+    place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]
+) -> list[Any]:
+    """The first expert in full view, the others folded away. Returned are the canvases for their masks."""
+    canvases = []
     for i in range(MAX_EXPERTS):
         name = f"expert{i + 1}"
         with gr.Accordion(f"Expert {i + 1}", open=i == 0, elem_id=elem_id(name)):
@@ -125,9 +154,46 @@ def build_experts(place: Callable[..., None], controls: dict[str, list[Any]], el
                     controls[f"{name}_checkpoint"][0], sd_models.list_models,
                     lambda: {"choices": list_choices()}, elem_id(f"{name}_refresh"),
                 )  # fmt: skip
-                place(f"{name}_text_encoder", f"{name}_loras")
+                place(f"{name}_weight")
             with gr.Row():
                 place(f"{name}_prompt", f"{name}_negative_prompt")
+            with gr.Row(elem_classes=["denoiser-fusion-row"]):
+                place(f"{name}_text_encoder", f"{name}_loras")
+            with gr.Accordion("Place and window", open=False, elem_id=elem_id(f"{name}_where"),
+                              elem_classes=shown_with("method", "SNB", "Average")):  # fmt: skip
+                canvases.append(build_place(name, place, controls, elem_id))
+    with gr.Row():
+        place("place_strength", "place_feather")
+    return canvases
+
+
+def build_place(
+    name: str, place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]
+) -> Any:
+    """Where and when an expert draws; returned is the canvas. The buttons act in the page, without the server."""
+    tab = "img2img" if "img2img" in elem_id(name) else "txt2img"
+    buttons = PLACE_BUTTONS | ({"Inpaint mask": INPAINT} if tab == "img2img" else {})
+    place(f"{name}_place")
+    (text,) = controls[f"{name}_place"]
+    with gr.Row(elem_classes=["denoiser-fusion-buttons", *shown_with("method", "SNB")]):
+        for label, value in buttons.items():
+            button = gr.Button(label, size="sm", elem_id=elem_id(f"{name}_place_{label.split()[0].lower()}"))
+            button.click(None, outputs=[text], _js=f"() => ['{value}']", **AT_ONCE)
+    with gr.Column(elem_classes=["denoiser-fusion-canvas", *shown_with("method", "SNB")]):
+        canvas = gr.Image(
+            label=f"Expert {name[-1]} mask", source="upload", tool="sketch", type="pil",
+            height=CANVAS_HEIGHT, brush_color=BRUSH, elem_id=elem_id(f"{name}_canvas"),
+        )  # fmt: skip
+        canvas.do_not_save_to_config = True
+        with gr.Row(elem_classes=["denoiser-fusion-buttons"]):
+            use = gr.Button("Use the last picture", size="sm", elem_id=elem_id(f"{name}_canvas_use"), tooltip=USE_WORDS)
+            clear = gr.Button("Clear", size="sm", elem_id=elem_id(f"{name}_canvas_clear"),
+                              tooltip="Remove the picture and what is painted on it")  # fmt: skip
+    with gr.Row():
+        place(f"{name}_window")
+    use.click(None, outputs=[canvas], _js=f"() => denoiserFusion.lastPicture('{tab}')", **AT_ONCE)
+    clear.click(None, inputs=[text], outputs=[canvas, text], _js="denoiserFusion.clear", **AT_ONCE)
+    return canvas
 
 
 def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
@@ -304,6 +370,8 @@ def make_controls(field: Field, elem_id: Callable[[str], str]) -> list[Any]:
         if len(choices) > MOST_BUTTONS:
             return [gr.Dropdown(label=label, choices=choices, value=value, **common)]
         return [gr.Radio(label=label, choices=choices, value=value, **common)]
+    if row.key == "place":
+        return [gr.Textbox(label=label, value=value, placeholder=AUTO, **common)]
     if row.kind == "text":
         return [gr.Textbox(label=label, value=value, lines=2, placeholder="Empty: the picture's", **common)]
     if row.kind == "window":
@@ -319,7 +387,8 @@ def make_controls(field: Field, elem_id: Callable[[str], str]) -> list[Any]:
 
 def shown_with(control: str, *choices: str) -> list[str]:
     """Classes of what the page is to show only where a control has one of these choices."""
-    return ["denoiser-fusion-with", *(f"denoiser-fusion-{control}-{choice.lower()}" for choice in choices)]
+    names = (choice.lower().replace(" ", "-") for choice in choices)
+    return ["denoiser-fusion-with", *(f"denoiser-fusion-{control}-{name}" for name in names)]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import nn
 
 from lib_fusion.errors import FusionError
 from lib_fusion.fusion.hooks import Hooks, attach_freeu
+from lib_fusion.fusion.places import Places
 from lib_fusion.fusion.records import Keep
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import MAP_PARAMETERS, PREVIEWS, FusionSettings
@@ -42,12 +43,13 @@ class FusionPass:
     """
 
     def __init__(self, settings: FusionSettings, equip: Equip, sampler: Any, sd_model: nn.Module,
-                 aggregators: AggregatorCache | None = None, is_hires: bool = False) -> None:  # fmt: skip
+                 aggregators: AggregatorCache | None = None, is_hires: bool = False,
+                 places: Places | None = None) -> None:  # fmt: skip
         self.equip, self.sampler, self.aggregators = equip, sampler, aggregators
         self._take(sd_model)
         kinds = [self.model.kind, *(expert.model.kind for expert in self.experts)]
         guidance_scale = float(sampler.sampler_extra_args["cond_scale"])
-        self.session = FusionSession(settings, keep=wanted_records(), kinds=kinds, guidance_scale=guidance_scale)
+        self.session = FusionSession(settings, places or Places(), wanted_records(), kinds, guidance_scale)
         if settings.skip_passes == ("first" if is_hires else "hires"):
             self.session.skips = None
         self.place = shared.opts.data.get("denoiser_fusion_place", PLACES[0])

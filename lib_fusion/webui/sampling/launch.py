@@ -14,6 +14,7 @@ from lib_fusion.errors import FusionError, SettingError, is_out_of_memory
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import FusionSettings
 from lib_fusion.webui.models.experts import Expert, check_base, find_checkpoint
+from lib_fusion.webui.models.masks import Masks, places_of
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.sampling.contexts import Context, weights_of
 from lib_fusion.webui.sampling.hooked_pass import FusionPass
@@ -23,14 +24,16 @@ OUT_OF_MEMORY = ("Denoiser Fusion: the models do not fit into memory together, s
                  "Settings > Denoiser Fusion lets experts wait in RAM")  # fmt: skip
 
 
-def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample: Callable[[], Any]) -> tuple[Any, dict]:
+def launch(
+    runtime: Any, p: Any, settings: FusionSettings, masks: Masks, sampler: Any, sample: Callable[[], Any]
+) -> tuple[Any, dict]:
     """Runs a sampler's launch with the experts on; returns its samples and the record of the pass.
 
     Everything that can be refused is refused before the first step, with RequestRefusedError, which nothing swallows.
     """
     began = time.perf_counter()
     try:
-        fusion = runtime.current = prepare(runtime, p, settings, sampler)
+        fusion = runtime.current = prepare(runtime, p, settings, masks, sampler)
         try:
             fusion.attach()
             with announced_levels(sampler, fusion.session, fusion.begin_skipping):
@@ -52,7 +55,7 @@ def launch(runtime: Any, p: Any, settings: FusionSettings, sampler: Any, sample:
     return samples, {**record, "rows": done.rows, "skipped_rows": done.skipped_rows}
 
 
-def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> FusionPass:
+def prepare(runtime: Any, p: Any, settings: FusionSettings, masks: Masks, sampler: Any) -> FusionPass:
     """Checks, loads and encodes what a pass needs; raises SettingError or CheckpointError."""
     if settings.passes == "hires" and not getattr(p, "enable_hr", False):
         raise SettingError("passes", "hires", "allowed without hires fix: both, first")
@@ -76,7 +79,8 @@ def prepare(runtime: Any, p: Any, settings: FusionSettings, sampler: Any) -> Fus
         return experts, contexts
 
     is_hires = bool(getattr(p, "is_hr_pass", False))
-    return FusionPass(settings, equip, sampler, p.sd_model, runtime.aggregators, is_hires)
+    places = places_of(p, settings, masks)
+    return FusionPass(settings, equip, sampler, p.sd_model, runtime.aggregators, is_hires, places)
 
 
 @contextmanager
