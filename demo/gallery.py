@@ -21,6 +21,7 @@ from lib_fusion.engine.loader import quiet_libraries
 from lib_fusion.engine.sheets import font, sheet
 from lib_fusion.fusion.records import Keep, PictureRecords
 from lib_fusion.previews import draw_previews, mask_image
+from lib_fusion.requests.presets import PAPER
 from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 
 DEMO = Path(__file__).parent
@@ -54,7 +55,10 @@ class Studio:
         if models not in self._engines:
             files = [DEMO / f"{name}.safetensors" for name in models]
             self._engines[models] = Engine(files[0], files[1:])
-        fusion = FusionSettings.from_dict({"experts": [{"checkpoint": name} for name in models[1:]], **values})
+        """By the paper's rule where ``values`` say nothing else; ``own``: rows of the first expert."""
+        own = values.pop("own", {})
+        experts = [{"checkpoint": name, **(own if i == 0 else {})} for i, name in enumerate(models[1:])]
+        fusion = FusionSettings.from_dict({**PAPER, **values, "experts": experts})
         generation = GenerationSettings((prompt or SCENES[scene],), width=width, height=128, steps=steps,
                                         cfg_scale=CFG_SCALE, seed=SEEDS[scene])  # fmt: skip
         run = self._engines[models].generate(generation, fusion, keep=Keep.read(keep))
@@ -69,12 +73,13 @@ def last_mask(picture: Drawn) -> Image.Image:
 
 
 def over_scenes(studio: Studio, name: str, title: str, note: str, columns: dict[str, dict]) -> None:
-    """Two scenes, a column for each of some settings; SNB's last mask under each picture."""
+    """Two scenes, a column for each of some settings; SNB's last mask under each picture, where all have one."""
     rows = []
     for scene, caption in enumerate(SCENES):
         drawn = [studio.draw(scene, ["masks"], **values) for values in columns.values()]
-        rows += [(f"{caption}  (base: animals, expert: vehicles)", [picture.image for picture in drawn]),
-                 ("the last mask", [last_mask(picture) for picture in drawn])]  # fmt: skip
+        rows.append((f"{caption}  (base: animals, expert: vehicles)", [picture.image for picture in drawn]))
+        if all(picture.records.masks for picture in drawn):
+            rows.append(("the last mask", [last_mask(picture) for picture in drawn]))
     write(rows, list(columns), name, title, note)
 
 
@@ -98,6 +103,55 @@ def draw_hold(studio: Studio) -> None:
     over_scenes(studio, "hold", "Mask hold: until when the mask is gathered, and then held",
                 "SNB. 0 is the paper's: a new mask at every step. Timesteps run from 1000 down to 0.",
                 columns)  # fmt: skip
+
+
+def draw_from(studio: Studio) -> None:
+    columns: dict[str, dict] = {"paper": {}, "held at once": {"snb_hold": HOLD}}
+    columns |= {f"mask from {t}": {"snb_hold": HOLD, "snb_from": t} for t in (600, 300, 100)}
+    over_scenes(studio, "from", "Mask from: until when the models' average draws, and then the held mask",
+                "Mask hold 900. One guidance scale throughout.", columns)  # fmt: skip
+
+
+def draw_guidance(studio: Studio) -> None:
+    rule = {"snb_hold": HOLD, "snb_from": 300}
+    columns: dict[str, dict] = {"off": rule}
+    for until, after in ((300, 2), (500, 3), (500, 2), (500, 1), (800, 2)):
+        interval = {"guidance": "always", "guidance_until": until, "guidance_after": after}
+        columns[f"{after} below {until}"] = {**rule, **interval}
+    over_scenes(studio, "guidance", f"Guidance interval: CFG {CFG_SCALE:g}, and a smaller scale below a timestep",
+                "Mask hold 900, mask from 300.", columns)  # fmt: skip
+
+
+def draw_saliency(studio: Studio) -> None:
+    """A general base with two experts made from it."""
+    columns = {"base (general)": {"own": {"weight": 0}}}
+    rule = {"snb_hold": HOLD, "snb_from": 300, "guidance": "with experts"}
+    columns |= {name: {**rule, "snb_saliency": name} for name in ("own", "code", "divergence")}
+    rows, models = [], ("general", *PAIR)
+    for scene, caption in enumerate(SCENES):
+        drawn = [studio.draw(scene, ["masks"], models[:2] if i == 0 else models, **values)
+                 for i, values in enumerate(columns.values())]  # fmt: skip
+        masks = [last_mask(picture) for picture in drawn[1:]]
+        blank = Image.new("RGB", masks[0].size, "white")
+        rows += [(f"{caption}  (base: general, experts: animals and vehicles)", [picture.image for picture in drawn]),
+                 ("the last mask: dark the base, orange animals, green vehicles", [blank, *masks])]  # fmt: skip
+    write(rows, list(columns), "saliency", "Saliency: a general base, and two experts made from it",
+          "The recommended settings with each saliency.")  # fmt: skip
+
+
+def draw_places(studio: Studio) -> None:
+    columns: dict[str, dict] = {"auto (SNB)": {"snb_hold": HOLD, "snb_from": 300}}
+    for place in ("columns 1:1 1", "columns 1:1 2", "rows 1:1 2", "0.1,0.2,0.3,0.6"):
+        columns[place] = {"own": {"place": place}}
+    over_scenes(studio, "places", "Place: where the expert draws, the base draws the rest",
+                "Place strength 1, feather 2.", columns)  # fmt: skip
+
+
+def draw_weight(studio: Studio) -> None:
+    rule = {"snb_hold": HOLD, "snb_from": 300, "guidance": "with experts"}
+    columns = {f"weight {w:g}": {**rule, "own": {"weight": w}} for w in (0, 0.25, 0.5, 0.75, 1)}
+    over_scenes(studio, "weight", "Weight: how much the expert counts where it draws",
+                "The recommended settings. 0 is the base alone.", columns)  # fmt: skip
 
 
 def draw_methods(studio: Studio) -> None:
@@ -179,7 +233,9 @@ def shrink(file: Path) -> None:
 
 
 DRAWN: dict[str, Callable[[Studio], None]] = {
-    "k": draw_k, "window": draw_window, "hold": draw_hold, "freeu": draw_freeu, "skipping": draw_skipping,
+    "from": draw_from, "guidance": draw_guidance, "saliency": draw_saliency, "places": draw_places,
+    "weight": draw_weight, "k": draw_k, "window": draw_window, "hold": draw_hold, "freeu": draw_freeu,
+    "skipping": draw_skipping,
     "afa": draw_methods, "previews": draw_previews_of_all,
 }  # fmt: skip
 

@@ -88,7 +88,7 @@ def test_panel_dict_and_infotext_agree(client: Client, names: Names) -> None:
     by_panel = client.draw(args=panel_args(client, **{
         TITLE: True, "Expert 1 checkpoint": f"{names.expert}.safetensors", "Expert 1 prompt": prompt,
         "Expert 1 text encoder": "base", "Window start": 900, "Window end": 100, "K expert": 2.5, "Mask hold": 700,
-        "Saliency": "code",
+        "Saliency": "code", "Mask from": 1000, "Guidance interval": "off",
     }))  # fmt: skip
     assert by_panel.same_as(by_dict)
     text = by_dict.infotexts[0]
@@ -96,6 +96,18 @@ def test_panel_dict_and_infotext_agree(client: Client, names: Names) -> None:
     info = json.loads(answer["info"])
     assert without_seconds(info["infotexts"][0]) == without_seconds(text)
     assert without_seconds(by_panel.infotexts[0]) == without_seconds(text)
+    assert np.array_equal(decode(answer["images"][0]), by_dict.pixels[0])
+
+
+def test_the_panels_defaults_are_the_apis(client: Client, names: Names) -> None:
+    by_dict = client.draw({"experts": [{"checkpoint": f"{names.expert}.safetensors"}]})
+    by_panel = client.draw(args=panel_args(client, **{
+        TITLE: True, "Expert 1 checkpoint": f"{names.expert}.safetensors"}))  # fmt: skip
+    assert by_panel.same_as(by_dict)
+    assert without_seconds(by_panel.infotexts[0]) == without_seconds(by_dict.infotexts[0])
+    rule = {key: by_dict.params[f"Fusion {key}"] for key in ("mask hold", "mask from", "guidance interval")}
+    assert rule == {"mask hold": "900", "mask from": "300", "guidance interval": "with experts"}
+    answer = client.ask("/sdapi/v1/txt2img", {"infotext": by_dict.infotexts[0], "width": 128, "height": 128})
     assert np.array_equal(decode(answer["images"][0]), by_dict.pixels[0])
 
 
