@@ -143,7 +143,7 @@ def test_demo_writes_its_sheet_and_table(tmp_path, capsys):
     assert main(["demo", "--out", str(sheet), "--steps", "4"]) == 0
     printed = capsys.readouterr().out
     assert str(sheet) in printed
-    for method in ("base", "expert", "average", "SNB (paper)", "SNB, mask held", "AFA (paper)", "average, then AFA"):
+    for method in ("base", "expert", "average", "SNB (paper)", "average, then AFA", "fused"):
         assert method in printed
     with Image.open(sheet) as image:
         assert image.width > 1000
