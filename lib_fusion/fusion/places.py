@@ -17,8 +17,8 @@ from lib_fusion.errors import SettingError
 from lib_fusion.requests.settings import AUTO, INPAINT, PAINTED, FusionSettings
 
 ALLOWED = (
-    "allowed: auto; mask; inpaint; rectangles as LEFT,TOP,WIDTH,HEIGHT in 0..1 with ; between them; or a part of the "
-    "picture such as columns 1:1 2 (the second of two) or rows 2:1 1"
+    "allowed: auto; mask; rectangles as LEFT,TOP,WIDTH,HEIGHT in 0..1 with ; between them; a part of the picture such "
+    "as columns 1:1 2 (the second of two) or rows 2:1 1; inpaint, in img2img with an inpaint mask"
 )
 #: Side of the maps that rectangles are drawn on, before they are resized to the latents.
 CANVAS = 512

@@ -176,7 +176,7 @@ def test_places_are_read(text: str, boxes: list | None) -> None:
 @pytest.mark.parametrize("text", ["left", "columns 1:1", "columns 1:1 3", "columns 1:0 1", "rows 1:1 0", "0,0,2,1", ";",
                                   "0.5,0,0.6,1", "1,2,3", "nan,0,1,1"])  # fmt: skip
 def test_wrong_places_are_refused(text: str) -> None:
-    with pytest.raises(SettingError, match="allowed: auto; mask; inpaint; rectangles"):
+    with pytest.raises(SettingError, match="allowed: auto; mask; rectangles"):
         make_places(FusionSettings.from_dict({"experts": [{"checkpoint": "a", "place": text}]}), {})
 
 
