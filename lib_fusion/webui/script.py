@@ -175,6 +175,8 @@ def _tell(p: Any, job: Job, record: dict) -> None:
         counts = zip(names, job.rows, job.skipped_rows)
         told = ", ".join(f"{name} {rows} of {rows + skipped}" for name, rows, skipped in counts)
         p.extra_generation_params["Fusion U-Net rows"] = told
+    elif job.settings.lowers_guidance and job.settings.guidance_after == 1:  # which spares unconditional rows
+        p.extra_generation_params["Fusion U-Net rows"] = ", ".join(map("{} {}".format, names, job.rows))
     p.extra_generation_params["Fusion seconds"] = f"{job.seconds:.2f}"
     if record["refined"]:
         p.comment("Denoiser Fusion was off after the refiner took over.")
