@@ -321,3 +321,49 @@ def test_the_saliency_keeps_the_full_scale() -> None:
     plain = take(session(k_expert=3), 400, cond, uncond)[0]
     lower = session(k_expert=3, guidance="always", guidance_until=1000, guidance_after=2)
     assert torch.equal(take(lower, 400, cond, uncond)[0], plain)
+
+
+def test_divergence_below_otsus_threshold_is_the_bases() -> None:
+    """Also where the expert's noise differs from the base's."""
+    s = session(snb_saliency="divergence", snb_hold=0)
+    cond, uncond = predictions(2)
+    cond[1] = cond[0] + 0.1
+    cond[1][..., 5:] += 3.0
+    c, _ = take(s, 981, cond, uncond)
+    assert torch.equal(c[..., :3], cond[0][..., :3])
+    assert torch.equal(c[..., 7:], cond[1][..., 7:])
+
+
+def test_the_base_is_averaged_too_unless_it_is_only_the_reference() -> None:
+    cond, uncond = predictions(3)
+    s = session(experts=2, snb_saliency="own", **PHASES)
+    take(s, 981, cond, uncond)
+    assert models_at(s, 600) == (0, 1, 2)
+
+
+def test_outside_the_window_the_base_acts_where_the_expert_does_not() -> None:
+    values = {"experts": 2, "snb_window": [600, 300], "snb_outside": "expert"}
+    assert models_at(session(**values), 700) == (1,)
+    assert models_at(session(**values, own={"weight": 0}), 700) == (0,)
+    assert models_at(session(**values, own={"place": "0,0,1,1"}), 700) == (1,)
+
+
+def test_beside_a_feathered_place_saliency_decides_about_what_is_left() -> None:
+    cond, uncond = predictions(3)
+    s = session(experts=2, own={"place": "columns 1:1 1"}, place_feather=1)
+    c, _ = take(s, 500, cond, uncond)
+    place = s.blend.places.at(SIZE, torch.device("cpu"))[1]
+    maps = snb.log_maps([snb.saliency(cond[i], uncond[i], 7) for i in (0, 2)], [1, 1])
+    wins = (snb.winner(maps) == 1) & (place <= 0.5)
+    second = (1 - place) * wins
+    assert (second[wins] < 0.99).any()  # some of it is in the soft edge
+    torch.testing.assert_close(c, (1 - place - second) * cond[0] + place * cond[1] + second * cond[2])
+
+
+def test_a_place_rules_in_full_unless_said_otherwise() -> None:
+    half = torch.zeros(1, 1, 6, 10)
+    half[..., 5:] = 1
+    assert Places({1: half}).rules(1)
+    assert not Places({1: half}).rules(2)
+    assert not Places({1: half}, strength=0.5).rules(1)
+    assert torch.equal(Places({1: half}).at((6, 10), torch.device("cpu"))[1], half)  # nor is it feathered

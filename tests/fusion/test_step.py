@@ -6,21 +6,23 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_fusion.errors import FusionError
+from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.fusion.level import Level, Schedule
 from lib_fusion.fusion.places import make_places
 from lib_fusion.fusion.policies import Skips
 from lib_fusion.fusion.records import Keep
 from lib_fusion.fusion.rows import Rows
-from lib_fusion.fusion.session import FusionSession
+from lib_fusion.fusion.session import FusionSession, make_freeu
 from lib_fusion.fusion.step import Step
 from lib_fusion.methods import snb
+from lib_fusion.methods.freeu import Stage
 from lib_fusion.requests.settings import FusionSettings
 from tests.helpers import PLAIN
 
@@ -342,3 +344,111 @@ def test_a_level_in_its_three_ways() -> None:
     assert [level.position for level in levels] == [0, 1, 1.5, 2]
     assert [level.is_last for level in levels] == [False, False, False, True]
     assert replace(levels[0], position=0.0) == Level(500, 0.2)
+
+
+def test_the_saliency_of_v_predictions_is_that_of_their_noise() -> None:
+    """Up to what both halves share the noise is sqrt(alpha) v; maps of unlike sharpness show the factor."""
+    cond, uncond = predictions(2)
+    step = Step(session(k_expert=3), Level(500, 0.1), Rows.plain(2), predicts_v=True)
+    step.run(range(4), torch.zeros(4, 4, *SIZE), halves(cond, uncond))
+    root = 0.1**0.5
+    saliencies = [snb.saliency(root * cond[i], root * uncond[i], 7) for i in range(2)]
+    expected = snb.winner(snb.log_maps(saliencies, [1, 3]))
+    assert torch.equal(step.fuse()[:2], snb.select(expected, cond))
+
+
+def test_models_in_lockstep_are_forecast_together() -> None:
+    s = session(method="AFA", afa_maps="uniform", skipping="Forecast")
+    s.skips = Skips(s.settings, make=lambda *_: EverySecond(0.5))
+    s.lockstep = SimpleNamespace(totals=[torch.zeros(3)])
+    models = halves(*predictions(2))
+    for _ in range(2):
+        step = Step(s, Level(500, 0.5), Rows.plain(2), list(torch.zeros(2, 4, *SIZE)))
+        output = step.run(range(4), torch.zeros(4, 4, *SIZE), models)
+        step.observe()
+        assert step.fuse() is None
+    assert [call for call, _ in models.calls] == [(0, 1)]
+    assert torch.equal(output, torch.full_like(output, 0.5))
+    assert (s.rows, s.skipped_rows) == ([4, 4], [4, 4])
+    assert s.skips.paths == {0: ["#.", "#."]}
+
+
+def test_rows_that_are_counted_are_computed_unless_said_otherwise() -> None:
+    s = session(experts=0)
+    s.count(0, 4)
+    s.count(0, 0, 2)
+    assert (s.calls, s.rows, s.skipped_rows) == ([1], [4], [2])
+
+
+def test_another_base_begins_with_policies_of_its_own() -> None:
+    s = session(experts=0, skipping="Forecast")
+    before = s.skips
+    s.forget()
+    assert isinstance(s.skips, Skips)
+    assert s.skips is not before
+    plain = session(experts=0)
+    plain.forget()
+    assert plain.skips is None
+
+
+def test_a_session_has_no_guidance_of_its_own() -> None:
+    assert FusionSession(FusionSettings()).guidance_at(1000) == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "kind", "version", "stages"),
+    [("SD1.5", "sd1", "2", {4: Stage(1.5, 0.9), 2: Stage(1.6, 0.2)}),
+     ("Auto", "sdxl", "1", {4: Stage(1.1, 0.6), 2: Stage(1.2, 0.4)})],
+)  # fmt: skip
+def test_freeus_published_factors(chosen: str, kind: str, version: str, stages: dict[int, Stage]) -> None:
+    made = make_freeu(FusionSettings(freeu=chosen, freeu_version=version), kind)
+    assert made.stages == stages
+    assert made.version == int(version)
+
+
+def test_freeu_acts_by_the_passs_schedule_in_models_of_one_kind() -> None:
+    s = session(freeu="SD1.5", freeu_start=0.5, freeu_stop=0.75)
+    s.begin([float(8 - i) for i in range(9)])  # eight steps: on from the fifth until the sixth
+    on = []
+    for position in range(8):
+        with s.using_freeu(1, Level(500, 0.5, position)):
+            on.append(s.freeu[1].strength)
+        assert s.freeu[1].strength == 0
+    assert on == [0, 0, 0, 0, 1, 1, 0, 0]
+
+
+def test_freeu_may_not_stop_before_it_starts() -> None:
+    levels = [3.0, 2.0, 1.0, 0.0]
+    with pytest.raises(SettingError, match=r"freeu_stop: 0.5 .*freeu_start 1 in 3 steps"):
+        session(freeu="SD1.5", freeu_start=1, freeu_stop=0.5).begin(levels)
+    session(freeu="Off", freeu_start=1, freeu_stop=0.5).begin(levels)
+    session(freeu="SD1.5", freeu_start=0.5, freeu_stop=0.5).begin(levels)
+
+
+@pytest.mark.parametrize(
+    ("values", "reach"),
+    [({}, 1), ({"skip_max": 3}, 3), ({"skip_correct": False}, 0), ({"skipping": "Paper"}, 0)],
+)
+def test_how_far_back_corrections_go(values: dict, reach: int) -> None:
+    assert Skips(FusionSettings.from_dict({"skipping": "Forecast", **values})).reach == reach
+
+
+def test_a_step_keeps_the_history_unless_it_is_of_another_sort() -> None:
+    made: list[EverySecond] = []
+    skips = Skips(FusionSettings(skipping="Forecast"), make=lambda *_: made.append(EverySecond(0.0)) or made[-1])
+    for options in ({"is_joint": False, "spares_uncond": False}, {}, {"is_joint": True}, {"is_joint": True}):
+        skips.begin_step(**options)
+        skips.needed(0, Level(500, 0.5), [torch.zeros(4, *SIZE)])
+    assert len(made) == 2
+
+
+def test_the_record_of_skips() -> None:
+    policy = EverySecond(0.0)
+    policy.errors = [0.1234567]
+    skips = Skips(FusionSettings(skipping="Forecast"), make=lambda *_: policy)
+    for _ in range(3):
+        skips.begin_step()
+        skips.needed(0, Level(500, 0.5), [torch.zeros(4, *SIZE)])
+    assert skips.record() == {
+        "computed": {0: [2]}, "skipped": {0: [1]}, "paths": {0: ["#.#"]}, "errors": {0: [[0.12346]]},
+    }  # fmt: skip
