@@ -66,8 +66,8 @@ def build_parser() -> OneLineParser:
     generate.add_argument("--expert-mask", action="append", default=[], metavar="FILE",
                           help="a picture, white where the expert draws; \"\" for an expert without one")
     generate.add_argument("--out", default="outputs", metavar="FOLDER", help="where pictures go (default: outputs)")
-    told = "; ".join(f"{row.key} ({row.help})" for row in PREVIEW_PARAMETERS)
-    generate.add_argument("--previews", nargs="*", metavar="KIND", help=f"save beside each picture: {told}; "
+    kinds = "; ".join(f"{row.key} ({row.help})" for row in PREVIEW_PARAMETERS)
+    generate.add_argument("--previews", nargs="*", metavar="KIND", help=f"save with each picture: {kinds}; "
                           "without a word all that there is")  # fmt: skip
     add_rows(generate, MAP_PARAMETERS)
     add_rows(generate, GENERATION_PARAMETERS)

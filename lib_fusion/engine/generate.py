@@ -18,7 +18,7 @@ from lib_fusion.engine.corrections import CorrectedSampler
 from lib_fusion.engine.loader import VAE_SCALE, DiffusionModel, check_checkpoint, load_model
 from lib_fusion.engine.samplers import make_scheduler
 from lib_fusion.errors import CheckpointError, SettingError
-from lib_fusion.fusion.aggregator_files import load_for, model_of
+from lib_fusion.fusion.aggregator_files import identify_model, load_for
 from lib_fusion.fusion.hooks import attach_freeu
 from lib_fusion.fusion.lockstep import Lockstep, mean_context
 from lib_fusion.fusion.places import make_places
@@ -44,7 +44,7 @@ class Picture:
 
 
 @dataclass
-class Run:
+class Generated:
     """All pictures of a run and its record: settings, seconds, U-Net calls and rows per model."""
 
     pictures: list[Picture]
@@ -78,14 +78,14 @@ class Engine:
     def generate(
         self, generation: GenerationSettings, fusion: FusionSettings | None = None, *,
         masks: Mapping[int, torch.Tensor] | None = None, keep: Keep | None = None, progress: bool = False,
-    ) -> Run:  # fmt: skip
+    ) -> Generated:  # fmt: skip
         """Draws ``count`` pictures of every prompt. ``fusion.experts`` are, in order, those the engine has loaded.
 
         ``masks``: the painted maps (1,1,h,w) in 0..1 of the experts whose place is ``mask``, by their number, 1 the
         first. ``keep``: the records to keep of each picture. A picture depends on its own prompt and seed only.
         """
         fusion = fusion or FusionSettings()
-        self.check(fusion, masks)
+        self.check_settings(fusion, masks)
         places = make_places(fusion, masks or {})
         jobs = [(prompt, generation.seed + i) for prompt in generation.prompts for i in range(generation.count)]
         pictures: list[Picture] = []
@@ -118,9 +118,9 @@ class Engine:
         }
         if skipped:
             record["skips"] = join_records(skipped)
-        return Run(pictures, record)
+        return Generated(pictures, record)
 
-    def check(self, fusion: FusionSettings, masks: Mapping[int, torch.Tensor] | None = None) -> None:
+    def check_settings(self, fusion: FusionSettings, masks: Mapping[int, torch.Tensor] | None = None) -> None:
         """Refuses settings that these models can't do; raises SettingError."""
         if len(fusion.experts) > len(self.models) - 1:
             raise SettingError("experts", len(fusion.experts), f"allowed: at most the {len(self.models) - 1} loaded")
@@ -164,7 +164,7 @@ class Engine:
         count = 1 + len(fusion.experts)
         key = (fusion.afa_aggregator, fusion.afa_force, count)
         if self._aggregators[0] != key:
-            identities = [model_of(model.path) for model in self.models[:count]]
+            identities = [identify_model(model.path) for model in self.models[:count]]
             unet = self.models[0].unet
             loaded = load_for(fusion.afa_aggregator, unet, identities, self._predictions(count), fusion.afa_force,
                               unet.dtype, self.device)  # fmt: skip
@@ -204,7 +204,7 @@ class Engine:
                 x = sampler.take(step, t, x)
                 if bar is not None:
                     bar.update()
-        session.check(f"the base ({self.models[0].path.stem})")
+        session.check_finite(f"the base ({self.models[0].path.stem})")
         return x
 
     def _draw_noise(self, seeds: Sequence[int], generation: GenerationSettings) -> torch.Tensor:

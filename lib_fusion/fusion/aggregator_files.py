@@ -34,7 +34,7 @@ MOST_POINTS, MOST_CHANNELS, LONGEST_NAME = 100, 16384, 200
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelIdentity:
     """One of the models that a file belongs to: its name, for people, and the hash of its U-Net."""
 
     name: str
@@ -48,7 +48,7 @@ class Card:
     architecture: str
     prediction: str
     sizes: AggregatorSizes
-    models: tuple[Model, ...]
+    models: tuple[ModelIdentity, ...]
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -65,7 +65,7 @@ class Card:
             raise ValueError(f"allowed: version {VERSION}")
         given = dict(values.pop("sizes"))
         sizes = AggregatorSizes(**{**given, "channels": tuple(given["channels"])})
-        card = cls(sizes=sizes, models=tuple(Model(**model) for model in values.pop("models")), **values)
+        card = cls(sizes=sizes, models=tuple(ModelIdentity(**model) for model in values.pop("models")), **values)
         card.check_values()
         return card
 
@@ -87,7 +87,7 @@ class Card:
         if len(self.models) != self.sizes.num_models or not isinstance(self.training, Mapping):
             raise ValueError("models, training: not as many as num_models, or no object")
 
-    def check(self, models: Sequence[Model], force: bool = False) -> None:
+    def check_models(self, models: Sequence[ModelIdentity], force: bool = False) -> None:
         """Refuses models that the file was not trained for, also those in another order; raises FusionError.
 
         ``force``: other weights of the same architecture are let through; their number must be right all the same.
@@ -100,11 +100,11 @@ class Card:
         needed, found = ([model.unet for model in group] for group in (self.models, models))
         if needed == found or force:
             return
-        if sorted(wanted) == sorted(found):
+        if sorted(needed) == sorted(found):
             raise FusionError(f"the aggregator is for its models in the order {names} (base first), not {given}")
         wrong = [f"{b.name} in the place of {a.name}" for a, b in zip(self.models, models) if a.unet != b.unet]
-        told = f"other U-Nets were given: {', '.join(wrong)} (force lets them through)"
-        raise FusionError(f"the aggregator is for {names}; {told}")
+        problem = f"other U-Nets were given: {', '.join(wrong)} (force lets them through)"
+        raise FusionError(f"the aggregator is for {names}; {problem}")
 
     def describe(self) -> str:
         """A line for people."""
@@ -144,7 +144,7 @@ def load_aggregators(
 
 
 def load_for(
-    path: str | Path, unet: nn.Module, models: Sequence[Model], predictions: Sequence[str], force: bool = False,
+    path: str | Path, unet: nn.Module, models: Sequence[ModelIdentity], predictions: Sequence[str], force: bool = False,
     dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
 ) -> nn.ModuleList:  # fmt: skip
     """The aggregators in a file, for these models (base first); raises FusionError where they are not for them.
@@ -152,7 +152,7 @@ def load_for(
     ``unet`` is the base's, ``predictions`` are ``epsilon`` or ``v`` of each model.
     """
     card = read_card(path)
-    card.check(models, force)
+    card.check_models(models, force)
     if len({card.prediction, *predictions}) > 1:
         raise FusionError(f"the aggregator is for models that predict {card.prediction}, not {', '.join(predictions)}")
     sizes = card.sizes
@@ -176,10 +176,10 @@ def save_aggregators(
         partial.unlink(missing_ok=True)
 
 
-def model_of(path: str | Path) -> Model:
+def identify_model(path: str | Path) -> ModelIdentity:
     """A checkpoint file's name and the hash of its U-Net; raises CheckpointError."""
     file = Checkpoint.open(path)
-    return Model(file.path.stem, part_hash(file, file.unet_prefix))
+    return ModelIdentity(file.path.stem, part_hash(file, file.unet_prefix))
 
 
 def part_hash(file: Checkpoint, prefix: str) -> str:
@@ -233,8 +233,8 @@ def convert_official(
             heads=heads or told_heads or 8,
         )
     except (KeyError, IndexError) as error:
-        told = f"not aggregators as the official code saves them (nothing is named {error})"
-        raise CheckpointError(f"{source}: {told}") from error
+        problem = f"not aggregators as the official code saves them (nothing is named {error})"
+        raise CheckpointError(f"{source}: {problem}") from error
     with torch.device("meta"):
         wanted = {key: tuple(value.shape) for key, value in sizes.make().state_dict().items()}
     given = {key: tuple(value.shape) for key, value in tensors.items()}
@@ -244,7 +244,7 @@ def convert_official(
     files = [Checkpoint.open(path) for path in checkpoints]
     if len(files) != num_models:
         raise CheckpointError(f"{source}: aggregators for {num_models} models, {len(files)} checkpoints were given")
-    card = Card(files[0].kind, files[0].prediction, sizes, tuple(model_of(path) for path in checkpoints),
+    card = Card(files[0].kind, files[0].prediction, sizes, tuple(identify_model(path) for path in checkpoints),
                 {"data": "unknown", "origin": "converted from the official code's format"})  # fmt: skip
     return card, tensors
 

@@ -62,8 +62,8 @@ def attach_freeu(decoder: Iterable[Point], freeu: FreeU | None) -> Hooks:
             " or ".join(f"{m} x" for m in sorted(multiples, reverse=True))
             for multiples in (freeu.stages, {point.stage for point in decoder})
         )
-        told = f"allowed for this U-Net: Custom with factors for features of {found} its model channels"
-        raise SettingError("freeu", f"factors for {needs}", told)
+        problem = f"allowed for this U-Net: Custom with factors for features of {found} its model channels"
+        raise SettingError("freeu", f"factors for {needs}", problem)
     for module, point in acting.items():
         hooks.before(module, _freeu_hook(freeu, point))
     return hooks

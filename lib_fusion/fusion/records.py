@@ -38,8 +38,8 @@ class Keep:
         except ValueError:
             chosen = []
         if not chosen or not all(0 < t <= TIMESTEPS for t in chosen):
-            told = f"allowed: numbers above 0 and at most {TIMESTEPS}, with spaces between"
-            raise SettingError("map_timesteps", read["map_timesteps"], told)
+            allowed = f"allowed: numbers above 0 and at most {TIMESTEPS}, with spaces between"
+            raise SettingError("map_timesteps", read["map_timesteps"], allowed)
         return cls(frozenset(kinds), tuple(blocks), tuple(chosen))
 
     @property

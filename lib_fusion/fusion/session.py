@@ -91,7 +91,7 @@ class FusionSession:
         """Another base has taken over: the models' past noises say nothing of its."""
         self.skips = self.skips and self._make_skips()
 
-    def check(self, base: str = "the base") -> None:
+    def check_finite(self, base: str = "the base") -> None:
         """Raises FusionError naming the model if any output since the last call is not finite. ``base``: its name.
 
         It waits for the device, so it is called where the host waits anyway.
@@ -112,7 +112,7 @@ class FusionSession:
     def watch(self, models: Sequence[int], totals: torch.Tensor) -> None:
         """Takes sums (K,) over outputs of these models, or over their features, in the order of computing.
 
-        A sum is finite only if all of its values are. Nothing waits for the device here; ``check`` does.
+        A sum is finite only if all of its values are. Nothing waits for the device here; ``check_finite`` does.
         """
         self._watched.append((models, totals))
 

@@ -304,8 +304,8 @@ class FusionSettings:
         rows = read_rows(PARAMETERS, rest)
         for factor in FREEU_CUSTOM:
             if rows["freeu"] != "Custom" and rows[factor.key] != factor.default:
-                told = f"allowed with freeu {rows['freeu']}: {factor.default:g}; Custom takes others"
-                raise SettingError(factor.key, rows[factor.key], told)
+                problem = f"allowed with freeu {rows['freeu']}: {factor.default:g}; Custom takes others"
+                raise SettingError(factor.key, rows[factor.key], problem)
         settings = cls(experts=tuple(read), **rows)
         settings._check_experts()
         return settings

@@ -73,8 +73,8 @@ def encoder_identity(files: Sequence[Checkpoint], vae: Checkpoint) -> dict[str, 
 def text_hashes(files: Sequence[Checkpoint]) -> list[str]:
     """What tells each model's text encoders from others; raises FusionError where the models are of several kinds."""
     if len({file.kind for file in files}) > 1:
-        told = ", ".join(f"{file.path.stem} {file.kind}" for file in files)
-        raise FusionError(f"the models are of several kinds ({told}); allowed: models of one kind")
+        problem = ", ".join(f"{file.path.stem} {file.kind}" for file in files)
+        raise FusionError(f"the models are of several kinds ({problem}); allowed: models of one kind")
     return [part_hash(file, file.text_prefix) for file in files]
 
 
@@ -175,8 +175,8 @@ def _check_index(folder: Path, index: Mapping[str, Any]) -> None:
     found = read_index(folder)
     for key, value in index.items():
         if found.get(key) != value:
-            told = f"a cache with another {key} ({found.get(key)}, not {value})"
-            raise FusionError(f"{folder}: {told}; use another folder")
+            problem = f"a cache with another {key} ({found.get(key)}, not {value})"
+            raise FusionError(f"{folder}: {problem}; use another folder")
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -251,5 +251,5 @@ def _write(path: Path, write: Callable[[Path], Any], safe: int) -> None:
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        told = f"{safe} pictures are cached and stay; the same command goes on from there"
-        raise FusionError(f"{path}: can't be written ({error}); {told}") from error
+        problem = f"{safe} pictures are cached and stay; the same command goes on from there"
+        raise FusionError(f"{path}: can't be written ({error}); {problem}") from error

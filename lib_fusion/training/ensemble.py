@@ -71,12 +71,12 @@ def load_models(
     for path, unet, text in zip(paths, unets, cache.empty, strict=True):
         given = 0 if text.pooled is None else len(text.pooled) + SIZES_DIM
         if unet.label_dim != given:
-            told = f"its U-Net takes a vector of {unet.label_dim} numbers, the cache's pooled text gives {given}"
-            raise FusionError(f"{path}: {told}")
+            problem = f"its U-Net takes a vector of {unet.label_dim} numbers, the cache's pooled text gives {given}"
+            raise FusionError(f"{path}: {problem}")
         broken = [name for name, value in unet.named_parameters() if not value.isfinite().all()]
         if broken:
-            told = f"{len(broken)} tensors of its U-Net hold values that are not finite, such as {broken[0]}"
-            raise CheckpointError(f"{path}: {told}")
+            problem = f"{len(broken)} tensors of its U-Net hold values that are not finite, such as {broken[0]}"
+            raise CheckpointError(f"{path}: {problem}")
     if len({unet.prediction for unet in unets}) > 1:
         raise FusionError(f"the models predict different things: {', '.join(unet.prediction for unet in unets)}")
     return unets

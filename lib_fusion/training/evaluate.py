@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lib_fusion.fusion.aggregator_files import load_for, model_of
+from lib_fusion.fusion.aggregator_files import identify_model, load_for
 from lib_fusion.fusion.lockstep import point_names
 from lib_fusion.methods import afa
 from lib_fusion.training.cache import Cache, Entry, Text, stack_texts
@@ -72,9 +72,9 @@ class Evaluation:
         behind = [t for t in self.timesteps if t not in ahead]
         if not behind:
             return ""
-        told = f" At timestep {', '.join(map(str, behind))} the average of predictions is better"
+        problem = f" At timestep {', '.join(map(str, behind))} the average of predictions is better"
         lead = [t for t in ahead if t < behind[0]]
-        return f"{told}: try the window {max(lead)}:0 with the average outside." if lead else f"{told}."
+        return f"{problem}: try the window {max(lead)}:0 with the average outside." if lead else f"{problem}."
 
     def verdict(self) -> str:
         """Whether the aggregator beats the best single model, by how much, and where it should not act."""
@@ -112,7 +112,7 @@ def evaluate(
     cache = Cache(folder)
     device = torch.device(device)
     unets = load_models(checkpoints, cache, getattr(torch, precision), device)
-    models = [model_of(path) for path in checkpoints]
+    models = [identify_model(path) for path in checkpoints]
     trained = load_for(aggregator, unets[0], models, [unet.prediction for unet in unets], device=device)
     names = [model.name for model in models]
     subsets = {s: sum(e.subset == s for e in cache.entries) for s in sorted({e.subset for e in cache.entries})}

@@ -117,8 +117,8 @@ class Jobs:
             keys += [key for key in job.values if key not in (*keys, "held_out", "shard_size", *CHANGEABLE)]
         differ = [key for key in keys if before.values.get(key) != job.values[key]]
         if differ:
-            told = f"it was begun with another {', '.join(differ)} ({before.values.get(differ[0])})"
-            raise SettingError("name", job.name, f"{told}; allowed: the same to go on, or another name")
+            problem = f"it was begun with another {', '.join(differ)} ({before.values.get(differ[0])})"
+            raise SettingError("name", job.name, f"{problem}; allowed: the same to go on, or another name")
 
     def start(self, job: Job) -> None:
         """Starts a process for a job, or one that goes on with it; raises FusionError where it can't."""

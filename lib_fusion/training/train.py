@@ -23,7 +23,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lib_fusion.errors import FusionError, SettingError
-from lib_fusion.fusion.aggregator_files import Card, Model, load_aggregators, model_of, save_aggregators
+from lib_fusion.fusion.aggregator_files import Card, ModelIdentity, identify_model, load_aggregators, save_aggregators
 from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.training.cache import Cache, Text, stack_texts
 from lib_fusion.training.ensemble import TIMESTEPS, Ensemble, add_noise, alphas_cumprod, load_models
@@ -80,7 +80,7 @@ def train(
         cache = Cache(folder)
         dtype = getattr(torch, s.precision)
         unets = load_models(checkpoints, cache, dtype, device)
-        models = tuple(model_of(path) for path in checkpoints)
+        models = tuple(identify_model(path) for path in checkpoints)
         torch.manual_seed(s.seed)
         sizes = sizes_for(unets[0], len(unets), s.hidden, s.layers, s.heads)
         aggregators = sizes.make().to(device)
@@ -89,7 +89,7 @@ def train(
             if given.sizes != sizes:
                 raise FusionError(f"{init}: aggregators of other sizes ({given.describe()})")
             aggregators.load_state_dict(begin.state_dict())
-        run = Run(out.with_suffix(".run"), models, len(cache.entries), s, aggregators, device, rank)
+        run = TrainingRun(out.with_suffix(".run"), models, len(cache.entries), s, aggregators, device, rank)
         ensemble = Ensemble(unets, aggregators)
         if s.checkpointing:
             ensemble.recompute_activations()
@@ -138,12 +138,12 @@ class _processes:  # noqa: N801 - a context manager that reads like a function
             distributed.destroy_process_group()
 
 
-class Run:
+class TrainingRun:
     """What a run keeps on disk: its state, from which it resumes exactly, and its log."""
 
     def __init__(
-        self, folder: Path, models: Sequence[Model], pictures: int, settings: TrainingSettings, aggregators: nn.Module,
-        device: torch.device, rank: int,
+        self, folder: Path, models: Sequence[ModelIdentity], pictures: int, settings: TrainingSettings,
+        aggregators: nn.Module, device: torch.device, rank: int,
     ) -> None:  # fmt: skip
         self.folder, self.settings, self.aggregators, self.rank = folder, settings, aggregators, rank
         self.optimizer = torch.optim.AdamW(
@@ -174,12 +174,12 @@ class Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for broken files
-            raise FusionError(f"{path}: can't be read; delete {self.folder} to begin anew ({error})") from error
+            raise FusionError(f"{path}: can't be read; delete {self.folder} to start again ({error})") from error
         if state["identity"] != self.identity:
             wrong = [key for key, value in self.identity["settings"].items()
                      if state["identity"]["settings"].get(key) != value]  # fmt: skip
-            told = f"other settings ({', '.join(wrong)})" if wrong else "another cache or other models"
-            raise FusionError(f"{self.folder}: a run with {told}; delete it to begin anew, or choose another out")
+            problem = f"other settings ({', '.join(wrong)})" if wrong else "another cache or other models"
+            raise FusionError(f"{self.folder}: a run with {problem}; delete it to start again, or choose another out")
         self.aggregators.load_state_dict(state["aggregators"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -204,8 +204,8 @@ class Run:
             partial.replace(self.folder / STATE)
         except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
-            told = f"can't be written ({error}); the last saved state stays"
-            raise FusionError(f"{self.folder / STATE}: {told}") from error
+            problem = f"can't be written ({error}); the last saved state stays"
+            raise FusionError(f"{self.folder / STATE}: {problem}") from error
 
     def note(self, loss: float, rate: float, seconds: float) -> None:
         """One step is done."""
@@ -222,8 +222,8 @@ class Run:
                 self._writer.writerow([self.step, repr(loss), f"{rate:.6g}", f"{seconds:.2f}"])
                 self._log.flush()
             except OSError as error:
-                told = f"can't be written ({error}); the last saved state stays"
-                raise FusionError(f"{self.folder / LOG}: {told}") from error
+                problem = f"can't be written ({error}); the last saved state stays"
+                raise FusionError(f"{self.folder / LOG}: {problem}") from error
             if self._board is not None:
                 self._board.add_scalar("loss", loss, self.step)
                 self._board.add_scalar("learning rate", rate, self.step)
@@ -252,7 +252,8 @@ def _tensorboard(folder: Path) -> Any:
 
 
 def _loop(
-    module: nn.Module, prediction: str, batches: Batches, run: Run, rank: int, world: int, tell: Callable[[str], None]
+    module: nn.Module, prediction: str, batches: Batches, run: TrainingRun, rank: int, world: int,
+    tell: Callable[[str], None],
 ) -> list[float]:
     """All steps that are left; returns the losses of all steps."""
     s = run.settings

@@ -31,7 +31,7 @@ UNREAD = FusionError("Denoiser Fusion could not read the request; the console sa
 
 
 @dataclass
-class Job:
+class Request:
     """One generation's request: its settings, or the error that its sampling will be ended with.
 
     ``calls`` and ``seconds`` are those of the batch that is being made, over both of its passes, and so
@@ -68,7 +68,7 @@ class Job:
 def before(p: Any, args: Sequence[Any]) -> None:
     """Before the host changes the request: keeps it, where a comparison is asked for."""
     p.__dict__.pop(KEPT, None)
-    job = Job(before=getattr(getattr(p, ATTRIBUTE, None), "settings", None), error=UNREAD)
+    job = Request(before=getattr(getattr(p, ATTRIBUTE, None), "settings", None), error=UNREAD)
     setattr(p, ATTRIBUTE, job)
     try:
         if COMPARE.read(values_of(args).get(COMPARE.key, False)) and not hasattr(p, compare.OVERRIDE):
@@ -79,7 +79,7 @@ def before(p: Any, args: Sequence[Any]) -> None:
 
 def begin(p: Any, args: Sequence[Any]) -> None:
     """Reads the request and writes its infotext. Never raises: the host would go on without the effect."""
-    job: Job = p.__dict__.setdefault(ATTRIBUTE, Job())
+    job: Request = p.__dict__.setdefault(ATTRIBUTE, Request())
     earlier, params = job.settings or job.before, p.extra_generation_params
     try:
         runtime.drop_leftovers()
@@ -106,7 +106,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
 
 def wrap_sampler(p: Any) -> None:
     """Wraps this sampler's launch, once: inside it errors are heard and nothing outlives the sampling."""
-    job: Job | None = getattr(p, ATTRIBUTE, None)
+    job: Request | None = getattr(p, ATTRIBUTE, None)
     if job is None or (job.settings is None and job.error is None):
         return
     sampler = p.sampler
@@ -134,7 +134,7 @@ def wrap_sampler(p: Any) -> None:
 def end(p: Any, processed: Any) -> None:
     """All pictures are there: shows how they came about, where that is wanted."""
     runtime.drop_leftovers()
-    job: Job | None = getattr(p, ATTRIBUTE, None)
+    job: Request | None = getattr(p, ATTRIBUTE, None)
     if job is None or job.settings is None or not processed.images:  # none yet: ADetailer ends once too early
         return
     with _told_of(processed, "mask"):
@@ -161,12 +161,12 @@ def _told_of(processed: Any, what: str) -> Iterator[None]:
         errors.report(told, exc_info=not isinstance(error, (FusionError, OSError)))
 
 
-def _has_pass(p: Any, job: Job) -> bool:
+def _has_pass(p: Any, job: Request) -> bool:
     """Whether the pass that was asked for will come; if not, the wrapped launch says so."""
     return job.settings.passes == "first" or bool(getattr(p, "enable_hr", False))
 
 
-def _tell(p: Any, job: Job, record: dict) -> None:
+def _tell(p: Any, job: Request, record: dict) -> None:
     """Writes what was done into the infotext: U-Net calls of each model, and seconds, over both passes of a picture."""
     names = ["base", *(f"expert {i + 1}" for i in range(len(job.calls) - 1))]
     told = ", ".join(f"{name} {calls}" for name, calls in zip(names, job.calls))

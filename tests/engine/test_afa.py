@@ -13,7 +13,7 @@ from lib_fusion.cli import main
 from lib_fusion.engine.demo_sheet import ENSEMBLES
 from lib_fusion.engine.generate import Engine, single
 from lib_fusion.errors import FusionError, SettingError
-from lib_fusion.fusion.aggregator_files import Card, model_of, read_card, save_aggregators
+from lib_fusion.fusion.aggregator_files import Card, identify_model, read_card, save_aggregators
 from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import ExpertSettings, FusionSettings, GenerationSettings
@@ -37,7 +37,7 @@ def make_file(folder: Path, *paths: Path, random: bool = True) -> str:
     engine = Engine(paths[0])
     sizes = sizes_for(engine.models[0].unet, len(paths), hidden=8, layers=1, heads=2)
     made = sizes.make()
-    card = Card("sd1", "epsilon", sizes, tuple(model_of(path) for path in paths))
+    card = Card("sd1", "epsilon", sizes, tuple(identify_model(path) for path in paths))
     save_aggregators(folder / "x.safetensors", card, (randomize(made) if random else made).state_dict())
     return str(folder / "x.safetensors")
 
@@ -68,7 +68,7 @@ def test_untrained_aggregators_are_uniform(pair, tmp_path):
 @pytest.mark.parametrize("file", ENSEMBLES)
 def test_the_demos_files_belong_to_its_checkpoints(file):
     card = read_card(DEMO / f"{file}.safetensors")
-    card.check([model_of(DEMO / f"{name}.safetensors") for name in ENSEMBLES[file]])
+    card.check_models([identify_model(DEMO / f"{name}.safetensors") for name in ENSEMBLES[file]])
     assert card.training["steps"] > 100
     assert (DEMO / f"{file}.safetensors").stat().st_size < 400_000  # all of demo/ stays under 24 MB
 
@@ -99,15 +99,15 @@ def test_nothing_stays_on_the_models(pair):
 
 def test_refusals(pair, tmp_path):
     with pytest.raises(SettingError, match="afa_aggregator"):
-        pair.check(AFA)
+        pair.check_settings(AFA)
     with pytest.raises(SettingError, match="only expert 2"):
-        pair.check(replace(AFA, afa_maps="only expert 2"))
+        pair.check_settings(replace(AFA, afa_maps="only expert 2"))
     with pytest.raises(SettingError, match="it needs an expert"):
-        pair.check(replace(AFA, experts=()))
+        pair.check_settings(replace(AFA, experts=()))
     swapped = replace(AFA, afa_aggregator=make_file(tmp_path, VEHICLES, ANIMALS))
     with pytest.raises(FusionError, match="in the order vehicles, animals"):
-        pair.check(swapped)
-    pair.check(replace(swapped, afa_force=True))
+        pair.check_settings(swapped)
+    pair.check_settings(replace(swapped, afa_force=True))
 
 
 def test_command_line(tmp_path, capsys):

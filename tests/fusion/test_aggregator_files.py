@@ -12,9 +12,9 @@ from lib_fusion.errors import CheckpointError, FusionError
 from lib_fusion.fusion.aggregator_files import (
     Card,
     convert_official,
+    identify_model,
     load_aggregators,
     load_for,
-    model_of,
     read_card,
     save_aggregators,
 )
@@ -39,13 +39,13 @@ def folder(tmp_path_factory):
 
 def make(folder, names, **sizes):
     sizes = sizes_for(UNET, len(names), **({"hidden": 16, "layers": 1, "heads": 2} | sizes))
-    models = tuple(model_of(folder / f"{name}.safetensors") for name in names)
+    models = tuple(identify_model(folder / f"{name}.safetensors") for name in names)
     card = Card("sd1", "epsilon", sizes, models, {"data": "none", "steps": 3, "loss": 0.123456})
     return card, randomize(sizes.make())
 
 
 def load(folder, names, path=None, **more):
-    models = [model_of(folder / f"{name}.safetensors") for name in names]
+    models = [identify_model(folder / f"{name}.safetensors") for name in names]
     return load_for(path or folder / "ab.aggregator.safetensors", UNET, models, ["epsilon"] * len(names), **more)
 
 
@@ -64,8 +64,8 @@ def test_half_precision_copies_of_a_checkpoint_are_the_same_model(folder, tmp_pa
     tensors = load_file(folder / "a.safetensors")
     half = tmp_path / "half.safetensors"
     save_file({key.removeprefix("model.diffusion_model."): value.half() for key, value in tensors.items()}, half)
-    assert model_of(half).unet == model_of(folder / "a.safetensors").unet
-    assert model_of(folder / "b.safetensors").unet != model_of(folder / "a.safetensors").unet
+    assert identify_model(half).unet == identify_model(folder / "a.safetensors").unet
+    assert identify_model(folder / "b.safetensors").unet != identify_model(folder / "a.safetensors").unet
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_force_lets_other_weights_through_but_not_another_number(folder):
 
 def test_other_widths_and_predictions_are_refused(folder, tmp_path):
     sdxl = load_unet(random_weights(SMALL["sdxl"]))
-    models = [model_of(folder / f"{name}.safetensors") for name in "ab"]
+    models = [identify_model(folder / f"{name}.safetensors") for name in "ab"]
     path = folder / "ab.aggregator.safetensors"
     with pytest.raises(FusionError, match="other widths"):
         load_for(path, sdxl, models, ["epsilon"] * 2)

@@ -79,7 +79,7 @@ def test_another_number_or_order_of_models(tmp_path, data, finished):
     before, done = finished.read_bytes(), losses(finished)
     refused("made with the text encoders of animals, vehicles, not with those of animals, vehicles, food",
             lambda: train(data.cache, [*MODELS, THREE], finished, QUICK))  # fmt: skip
-    refused("another cache or other models; delete it to begin anew",
+    refused("another cache or other models; delete it to start again",
             lambda: train(data.cache, MODELS[::-1], finished, replace(QUICK, steps=8)))  # fmt: skip
     assert (finished.read_bytes(), losses(finished)) == (before, done)
     refused("in the order animals, vehicles", lambda: evaluate(data.cache, MODELS[::-1], finished))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib_fusion.cli import main
-from lib_fusion.fusion.aggregator_files import Card, model_of, save_aggregators
+from lib_fusion.fusion.aggregator_files import Card, identify_model, save_aggregators
 from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.training.cache import Cache
 from lib_fusion.training.ensemble import alphas_cumprod, load_models
@@ -21,7 +21,7 @@ def untrained(tmp_path_factory, data):
     unets = load_models(MODELS, Cache(data.cache), torch.float32, torch.device("cpu"))
     sizes = sizes_for(unets[0], 2, 8, 1, 2)
     path = tmp_path_factory.mktemp("evaluate") / "untrained.safetensors"
-    card = Card("sd1", "epsilon", sizes, tuple(model_of(m) for m in MODELS))
+    card = Card("sd1", "epsilon", sizes, tuple(identify_model(m) for m in MODELS))
     save_aggregators(path, card, sizes.make().state_dict())
     return path
 

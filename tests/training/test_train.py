@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from lib_fusion.cli import main
 from lib_fusion.errors import FusionError, SettingError
-from lib_fusion.fusion.aggregator_files import load_aggregators, model_of
+from lib_fusion.fusion.aggregator_files import identify_model, load_aggregators
 from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.training.cache import Cache
 from lib_fusion.training.ensemble import Ensemble, add_noise, alphas_cumprod, load_models
@@ -45,7 +45,7 @@ def finished(tmp_path_factory, data) -> Path:
 
 def test_writes_a_file_with_its_card(finished, data):
     card, aggregators = load_aggregators(finished)
-    assert card.models == tuple(model_of(path) for path in MODELS)
+    assert card.models == tuple(identify_model(path) for path in MODELS)
     assert card.training["pictures"] == 9
     assert card.training["steps"] == 6
     assert card.training["loss"] == pytest.approx(sum(losses(finished)) / 6, abs=1e-6)
@@ -253,7 +253,7 @@ def test_refusals(tmp_path, data, finished):
     with pytest.raises(FusionError, match=r"other settings \(seed\)"):
         train(data.cache, MODELS, finished, replace(QUICK, seed=1))
     (finished.with_suffix(".run") / "state.pt").write_bytes(b"x")
-    with pytest.raises(FusionError, match=r"delete .* to begin anew"):
+    with pytest.raises(FusionError, match=r"delete .* to start again"):
         train(data.cache, MODELS, finished, QUICK)
 
 

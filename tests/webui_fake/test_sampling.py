@@ -103,7 +103,7 @@ def sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
 def make_pass(sampling: Any, step: Step, expert: UNet, **settings: Any) -> Any:
     sampling.shared.sd_model = step.model
     told = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], **PLAIN, **settings})
-    loaded = SimpleNamespace(unet=expert, model=sampling.model_of(step.model))
+    loaded = SimpleNamespace(unet=expert, model=sampling.kind_of_model(step.model))
     return sampling.FusionPass(told, lambda _: ([loaded], [None]), step.sampler, step.model)
 
 
@@ -304,7 +304,7 @@ def test_another_freeu_is_told_once(sampling: Any, key: str, freeu: str, told: i
 
     comments: dict[str, int] = {}
     p = SimpleNamespace(extra_generation_params={key: "x"}, comment=lambda text: comments.update({text: 1}))
-    job = script.Job(FusionSettings(freeu=freeu))
+    job = script.Request(FusionSettings(freeu=freeu))
     for _ in range(2):  # both passes of a picture
         script._tell(p, job, {"refined": False})
     assert len(comments) == told

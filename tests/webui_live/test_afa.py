@@ -28,7 +28,7 @@ def files(host: Host) -> Iterator[Path]:
     """Aggregators with random weights in the host's folder: for two demo models, for SDXL, and a broken file."""
     import torch
 
-    from lib_fusion.fusion.aggregator_files import Card, model_of, save_aggregators
+    from lib_fusion.fusion.aggregator_files import Card, identify_model, save_aggregators
     from lib_fusion.fusion.lockstep import sizes_for
     from lib_fusion.unet.model import load_unet
     from tests.methods.test_afa import randomize
@@ -41,7 +41,7 @@ def files(host: Host) -> Iterator[Path]:
         paths = [checkpoints / f"{model}.safetensors" for model in models]
         unet = load_unet(paths[0])
         sizes = sizes_for(unet, 2, hidden=8, layers=1, heads=2)
-        known = tuple(model_of(path if path.is_file() else paths[0]) for path in paths)
+        known = tuple(identify_model(path if path.is_file() else paths[0]) for path in paths)
         known = tuple(type(m)(path.stem, m.unet) for m, path in zip(known, paths))
         card = Card(unet.kind, "epsilon", sizes, known)
         save_aggregators(folder / f"{name}.safetensors", card, randomize(sizes.make()).state_dict(), torch.float32)

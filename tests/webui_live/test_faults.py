@@ -162,14 +162,14 @@ def aggregator(host: Host) -> Iterator[Path]:
     """A file of aggregators for tiny_a and tiny_b, with random weights."""
     import torch
 
-    from lib_fusion.fusion.aggregator_files import Card, model_of, save_aggregators
+    from lib_fusion.fusion.aggregator_files import Card, identify_model, save_aggregators
     from lib_fusion.fusion.lockstep import sizes_for
     from lib_fusion.unet.model import load_unet
 
     paths = [host.data / f"models/Stable-diffusion/{name}.safetensors" for name in ("tiny_a", "tiny_b")]
     unet = load_unet(paths[0])
     sizes = sizes_for(unet, 2, hidden=8, layers=1, heads=2)
-    card = Card(unet.kind, "epsilon", sizes, tuple(map(model_of, paths)))
+    card = Card(unet.kind, "epsilon", sizes, tuple(map(identify_model, paths)))
     path = host.data / "models/denoiser-fusion/faulty.safetensors"
     save_aggregators(path, card, sizes.make().state_dict(), torch.float32)
     yield path
@@ -265,8 +265,8 @@ TWO = {"snb_hold": 500}
 HOOKS: list[tuple[str, int, dict, dict]] = [
     # script methods, and what they do
     *[(W + f"script:{name}", 1, TWO, {}) for name in (
-        "begin", "read_args", "find_checkpoint", "write_infotext", "complete", "values_of", "Job.begin_batch",
-        "Job.add", "_tell")],
+        "begin", "read_args", "find_checkpoint", "write_infotext", "complete", "values_of", "Request.begin_batch",
+        "Request.add", "_tell")],
     (W + "script:_has_pass", 1, {"passes": "hires"}, HIRES),
     (W + "script:compare.keep_request", 1, {"compare": True}, {}),
     # a pass: made, attached, given the levels, taken off
@@ -283,13 +283,13 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
     *[(L + f"text_encoders:{name}", 1, TWO, {}) for name in ("clone_module", "put_weights", "strip_loras")],
     # callbacks and the wrapper of apply_model, at the first call and in the middle
     *[(S + f"hooked_pass:{name}", call, TWO, {}) for call in (1, 3) for name in (
-        "FusionPass.begin_step", "FusionPass.apply_model", "FusionPass.end_step", "FusionPass.check")],
+        "FusionPass.begin_step", "FusionPass.apply_model", "FusionPass.end_step", "FusionPass.check_finite")],
     *[(S + f"host_step:{name}", call, TWO, {}) for call in (1, 3) for name in (
         "HostStep.__init__", "HostStep.run", "HostStep._begin", "HostStep._predict", "HostStep._run_expert",
         "HostStep.end", "output_scale", "borrowed_forward", "weights_of", "put_context", "alpha_of")],
     *[(f"lib_fusion.fusion.{name}", call, TWO, {}) for call in (1, 3) for name in (
         "session:FusionSession.using_freeu", "session:FusionSession.count", "session:FusionSession.watch",
-        "session:FusionSession.check", "blend:Blend.models_at", "blend:Blend.in_lockstep", "blend:Blend.fuse",
+        "session:FusionSession.check_finite", "blend:Blend.models_at", "blend:Blend.in_lockstep", "blend:Blend.fuse",
         "blend:Blend._decide", "step:Step.__init__", "step:Step.run", "step:Step.observe", "step:Step.fuse",
         "step:Step._predict", "rows:Rows.combine")],
     (S + "contexts:Context.slice", 2, TWO, {}),

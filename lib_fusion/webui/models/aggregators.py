@@ -11,7 +11,7 @@ from modules import devices, paths, sd_models
 from torch import nn
 
 from lib_fusion.errors import FusionError, SettingError
-from lib_fusion.fusion.aggregator_files import Card, Model, load_for, model_of, read_card
+from lib_fusion.fusion.aggregator_files import Card, ModelIdentity, identify_model, load_for, read_card
 from lib_fusion.fusion.lockstep import Lockstep
 from lib_fusion.log import log_loaded, logger
 from lib_fusion.methods import afa
@@ -72,8 +72,8 @@ def experts_of(card: Card) -> list[str]:
     for model in card.models[1:]:
         info = next((i for i in sd_models.checkpoints_list.values() if Path(i.filename).stem == model.name), None)
         if info is None:
-            told = f"it is for {', '.join(m.name for m in card.models)}; {model.name} is not among the checkpoints"
-            raise SettingError("afa_aggregator", model.name, told)
+            problem = f"it is for {', '.join(m.name for m in card.models)}; {model.name} is not among the checkpoints"
+            raise SettingError("afa_aggregator", model.name, problem)
         names.append(info.name)
     return names
 
@@ -95,7 +95,7 @@ class AggregatorCache:
     def load(self, settings: FusionSettings, base: nn.Module, unet: nn.Module, files: Sequence[str]) -> nn.ModuleList:
         """For the base and the experts in ``files`` (the base's first); raises SettingError."""
         path = find_aggregator(settings.afa_aggregator)
-        models = [model_of(file) for file in files]
+        models = [identify_model(file) for file in files]
         key = (path, path.stat().st_mtime_ns, tuple(models), settings.afa_force, devices.dtype_unet)
         if key != self._key:
             prediction = "v" if base.parameterization == "v" else "epsilon"
@@ -112,9 +112,9 @@ class AggregatorCache:
     def free(self) -> None:
         self._key = self._loaded = None
 
-    def _warn_of_other_models(self, path: Path, models: Sequence[Model]) -> None:
+    def _warn_of_other_models(self, path: Path, models: Sequence[ModelIdentity]) -> None:
         try:
-            read_card(path).check(models)
+            read_card(path).check_models(models)
         except FusionError as error:
             logger.warning("aggregator %s, used by force: %s", path.stem, error)
 

@@ -17,7 +17,7 @@ from torch import nn
 from lib_fusion.errors import SettingError
 from lib_fusion.log import log_loaded
 from lib_fusion.requests.settings import ExpertSettings
-from lib_fusion.webui.models.experts import Expert, ExpertKey, is_base, make_key, model_of
+from lib_fusion.webui.models.experts import Expert, ExpertKey, is_base, kind_of_model, make_key
 from lib_fusion.webui.models.text_encoders import build_encoder, clone_encoder, share_embeddings
 
 #: How many sets of conditionings are kept: both passes of two experts.
@@ -87,7 +87,7 @@ class TextCache:
     def _own(self, loaded: Expert, key: ExpertKey, sd_model: nn.Module, field: str) -> OwnEncoder:
         is_sdxl = hasattr(sd_model, "conditioner")
         source = sd_model.conditioner if is_sdxl else sd_model.cond_stage_model
-        is_other = loaded.model.kind != model_of(sd_model).kind
+        is_other = loaded.model.kind != kind_of_model(sd_model).kind
         # A clone shares the structure that the host built for this base, so another base needs another clone.
         full_key = (key, None if is_other else id(source))
         if full_key not in self._encoders:

@@ -42,7 +42,7 @@ class ExpertKey:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelKind:
     """What a U-Net is: its ``kind`` (``checkpoint.unet_kind``), and whether it predicts ``epsilon`` or ``v``."""
 
     kind: str
@@ -57,7 +57,7 @@ class Expert:
     """A loaded U-Net; ``unet`` is None where the expert is the base itself, and nothing is loaded twice."""
 
     info: Any
-    model: Model
+    model: ModelKind
     unet: nn.Module | None = None
 
     @property
@@ -82,7 +82,7 @@ class ExpertCache:
             check_fits(info, setting, sd_model, f"experts[{i}]", alike)
             for i, (info, setting) in enumerate(zip(infos, settings))
         ]
-        kind = model_of(sd_model).kind
+        kind = kind_of_model(sd_model).kind
         for key in [key for key, expert in self._experts.items() if not expert.model.shares_latents(kind)]:
             del self._experts[key]  # the base has changed to another kind: these can't be used with it
         keys = [
@@ -167,11 +167,11 @@ def check_base(sd_model: nn.Module) -> None:
         raise SettingError("base checkpoint", name, f"it is an instruct-pix2pix model; {allowed}")
     if sd_unet.current_unet is not None:
         label = getattr(sd_unet.current_unet.option, "label", "?")
-        told = "allowed with Denoiser Fusion: None, since an engine runs neither experts nor hooks"
-        raise SettingError("SD Unet", label, told)
+        problem = "allowed with Denoiser Fusion: None, since an engine runs neither experts nor hooks"
+        raise SettingError("SD Unet", label, problem)
 
 
-def check_fits(info: Any, setting: ExpertSettings, sd_model: nn.Module, field: str, alike: bool) -> Model:
+def check_fits(info: Any, setting: ExpertSettings, sd_model: nn.Module, field: str, alike: bool) -> ModelKind:
     """What an expert is; raises SettingError for one that can't go with the base. Reads the file's header only.
 
     SD1 and SD2 share their latents, so unless they must be ``alike``, each may be the other's expert, with its own text
@@ -183,7 +183,7 @@ def check_fits(info: Any, setting: ExpertSettings, sd_model: nn.Module, field: s
         kind, shapes = file.kind, file.unet_shapes
     except CheckpointError as error:
         raise SettingError(checkpoint, info.name, str(error).replace(f"{info.filename}: ", "")) from error
-    base, base_shapes = model_of(sd_model), unet_shapes_of(sd_model.model.diffusion_model)
+    base, base_shapes = kind_of_model(sd_model), unet_shapes_of(sd_model.model.diffusion_model)
     allowed_with = "allowed with this base" + (" and AFA" if alike else "")
     if kind != base.kind and (alike or not base.shares_latents(kind)):
         raise SettingError(checkpoint, info.name, f"it is {kind}; {allowed_with}: {base.kind}")
@@ -205,19 +205,19 @@ def check_fits(info: Any, setting: ExpertSettings, sd_model: nn.Module, field: s
             raise SettingError(checkpoint, info.name, str(error)) from error
     if alike and prediction != base.prediction:
         raise SettingError(checkpoint, info.name, f"it predicts {prediction}; {allowed_with}: {base.prediction}")
-    return Model(kind, prediction)
+    return ModelKind(kind, prediction)
 
 
 def check_same_shapes(shapes: Shapes, base: Shapes, field: str, name: str) -> None:
     missing = [key for key in base if key not in shapes]
     if missing:
-        told = f"its U-Net lacks {len(missing)} tensors of the base's, such as {missing[0]}"
-        raise SettingError(field, name, told)
+        problem = f"its U-Net lacks {len(missing)} tensors of the base's, such as {missing[0]}"
+        raise SettingError(field, name, problem)
     differ = [key for key, shape in shapes.items() if key in base and base[key] != shape]
     if differ:
         key = differ[0]
-        told = f"{key} is {shapes[key]}, allowed with this base: {base[key]}"
-        raise SettingError(field, name, f"{len(differ)} of its tensors have other shapes; {told}")
+        problem = f"{key} is {shapes[key]}, allowed with this base: {base[key]}"
+        raise SettingError(field, name, f"{len(differ)} of its tensors have other shapes; {problem}")
 
 
 def check_other_kind(shapes: Shapes, kind: str, setting: ExpertSettings, base: Shapes, field: str) -> None:
@@ -226,18 +226,19 @@ def check_other_kind(shapes: Shapes, kind: str, setting: ExpertSettings, base: S
         next(shape[1] for key, shape in s.items() if key.endswith("attn2.to_k.weight")) for s in (shapes, base)
     )
     if setting.text_encoder == "base" and width != base_width:
-        told = f"the expert is {kind}, which takes texts of width {width}, the base's have {base_width}; allowed: own"
-        raise SettingError(f"{field}.text_encoder", "base", told)
+        widths = f"takes texts of width {width}, the base's have {base_width}"
+        problem = f"the expert is {kind}, which {widths}; allowed: own"
+        raise SettingError(f"{field}.text_encoder", "base", problem)
     if setting.loras:
-        told = f"the expert is {kind} and the picture's LoRAs are made for the base's kind; allowed: false"
-        raise SettingError(f"{field}.loras", True, told)
+        problem = f"the expert is {kind} and the picture's LoRAs are made for the base's kind; allowed: false"
+        raise SettingError(f"{field}.loras", True, problem)
 
 
 def config_of(info: Any, kind: str, sd_model: nn.Module) -> Any:
     """The configuration beside the file, or else the host's guess, which for SD2 runs a U-Net."""
     path = sd_models_config.find_checkpoint_config_near_filename(info)
     if path is None:
-        known = kind != "sd2" and kind == model_of(sd_model).kind
+        known = kind != "sd2" and kind == kind_of_model(sd_model).kind
         path = sd_model.used_config if known else guess_config(info.filename, info)
     return OmegaConf.load(path)
 
@@ -259,10 +260,10 @@ def unet_shapes_of(unet: nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in unet.state_dict().items()}
 
 
-def model_of(sd_model: nn.Module) -> Model:
+def kind_of_model(sd_model: nn.Module) -> ModelKind:
     """What the host's own model is."""
     kind = unet_kind(unet_shapes_of(sd_model.model.diffusion_model), found="the base")
-    return Model(kind, "v" if sd_model.parameterization == "v" else "epsilon")
+    return ModelKind(kind, "v" if sd_model.parameterization == "v" else "epsilon")
 
 
 def read_weights(info: Any) -> dict[str, torch.Tensor]:
@@ -307,8 +308,8 @@ def load_unet(info: Any) -> nn.Module:
     wrong = [key for key, shape in wanted.items()
              if key not in own or own[key].shape != shape or not own[key].is_floating_point()]  # fmt: skip
     if wrong:
-        told = f"{len(wrong)} tensors of its U-Net are not there, not numbers, or of another shape than its .yaml says"
-        raise CheckpointError(f"{info.name}: {told}, such as {wrong[0]}")
+        problem = "tensors of its U-Net are not there, not numbers, or of another shape than its .yaml says"
+        raise CheckpointError(f"{info.name}: {len(wrong)} {problem}, such as {wrong[0]}")
     unet.load_state_dict({key: own[key] for key in wanted}, assign=True)
     unet.eval().requires_grad_(False)
     unet.dtype = dtype
@@ -326,8 +327,8 @@ def built_as_told(info: Any) -> Iterator[None]:
     except (FusionError, MemoryError):
         raise
     except Exception as error:
-        told = f"can't be built as its configuration says ({type(error).__name__}: {error})"
-        raise CheckpointError(f"{info.name}: {told}") from error
+        problem = f"can't be built as its configuration says ({type(error).__name__}: {error})"
+        raise CheckpointError(f"{info.name}: {problem}") from error
 
 
 def check_finite(unet: nn.Module, name: str) -> None:
@@ -339,8 +340,8 @@ def check_finite(unet: nn.Module, name: str) -> None:
     finite = torch.stack(list(totals.values())).isfinite().tolist()
     broken = [key for key, is_finite in zip(totals, finite) if not is_finite]
     if broken:
-        told = f"{len(broken)} tensors of its U-Net hold infinite values or NaN, such as {broken[0]}"
-        raise CheckpointError(f"{name}: {told}; the file is broken, or not made for {unet.dtype}")
+        problem = f"{len(broken)} tensors of its U-Net hold infinite values or NaN, such as {broken[0]}"
+        raise CheckpointError(f"{name}: {problem}; the file is broken, or not made for {unet.dtype}")
 
 
 def store_in_fp8(unet: nn.Module) -> None:

@@ -57,8 +57,9 @@ def build_encoder(info: Any, field: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]), sd_disable_initialization.DisableInitialization(), meta:
             encoder = sd_models.instantiate_from_config(config)
     except (OSError, RuntimeError, ValueError) as error:  # no such tokenizer, say
-        told = " ".join(str(error).split())[:300]
-        raise SettingError(field, "own", f"the text encoder of {info.name} can't be built ({told}); {OTHER}") from error
+        problem = " ".join(str(error).split())[:300]
+        problem = f"the text encoder of {info.name} can't be built ({problem})"
+        raise SettingError(field, "own", f"{problem}; {OTHER}") from error
     hijack = SimpleNamespace(fixes=None, embedding_db=EmbeddingDatabase(), extra_generation_params={}, comments=[])
     if type(encoder) is FrozenOpenCLIPEmbedder:
         owner, wrapper = encoder.model, FrozenOpenCLIPEmbedderWithCustomWords
@@ -122,8 +123,8 @@ def put_weights(
     idle = idle_parameters(encoder)
     missing = [key for module, name_, key in wanted if key not in weights and module._parameters[name_] not in idle]
     if missing:
-        told = f"{name} lacks {len(missing)} of the text encoder's {len(wanted)} tensors; {allowed}"
-        raise SettingError(field, "own", told)
+        problem = f"{name} lacks {len(missing)} of the text encoder's {len(wanted)} tensors; {allowed}"
+        raise SettingError(field, "own", problem)
     lacking = sum(key not in weights for _, _, key in wanted)
     if lacking:
         logger.debug("%s lacks %d tensors of its text encoder, which it never uses; they are zero", name, lacking)

@@ -23,7 +23,7 @@ from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import MAP_PARAMETERS, PREVIEWS, FusionSettings
 from lib_fusion.unet.layout import read_layout
 from lib_fusion.webui.models.aggregators import AggregatorCache, make_lockstep
-from lib_fusion.webui.models.experts import Expert, model_of
+from lib_fusion.webui.models.experts import Expert, kind_of_model
 from lib_fusion.webui.sampling.contexts import Context
 from lib_fusion.webui.sampling.correcting import CORRECTORS
 from lib_fusion.webui.sampling.host_step import PLACES, Call, HostStep
@@ -63,7 +63,7 @@ class FusionPass:
 
     def _take(self, sd_model: nn.Module) -> None:
         self.experts, self.contexts = self.equip(sd_model)
-        self.sd_model, self.checkpoint, self.model = sd_model, sd_model.sd_checkpoint_info, model_of(sd_model)
+        self.sd_model, self.checkpoint, self.model = sd_model, sd_model.sd_checkpoint_info, kind_of_model(sd_model)
 
     def attach(self) -> None:
         """Wraps the model and puts all hooks on; raises SettingError where they do not fit."""
@@ -110,11 +110,11 @@ class FusionPass:
         """After the last step: raises the error that was not raised yet, and checks the last outputs."""
         if self._failure is not None:
             raise self._failure
-        self.check()
+        self.check_finite()
 
-    def check(self) -> None:
+    def check_finite(self) -> None:
         """Ends the pass where a model has predicted NaN or infinite values, before they go into a picture."""
-        self.session.check(f"the base ({self.sd_model.sd_checkpoint_info.name_for_extra})")
+        self.session.check_finite(f"the base ({self.sd_model.sd_checkpoint_info.name_for_extra})")
 
     def begin_step(self, params: Any) -> None:
         """The host is about to compute a step's rows (its ``on_cfg_denoiser``)."""

@@ -85,7 +85,7 @@ class HostStep:
             raise FusionError(f"Denoiser Fusion {expected}, the host has asked for {rows.stop}")
         self._cursor = rows.stop
         timestep = float(call.t.flatten()[0])  # this waits for all that was computed before
-        self.fusion.check()
+        self.fusion.check_finite()
         if self.step is None:
             self.step = self._begin(timestep)
         return self.step.run(rows, call.x, partial(self._predict, call, rows.start))

@@ -96,8 +96,8 @@ def _load(config: Any, file: Checkpoint, prefix: str) -> nn.Module:
     given = {key: value.shape for key, value in tensors.items()}
     wrong = [key for key in wanted if given.get(key) != wanted[key] and not (key.endswith(IDLE) and key not in given)]
     if wrong:
-        told = f"{len(wrong)} tensors of {prefix}* lack, or have other shapes than its configuration says"
-        raise CheckpointError(f"{file.path}: {told}, such as {wrong[0]}")
+        problem = f"{len(wrong)} tensors of {prefix}* lack, or have other shapes than its configuration says"
+        raise CheckpointError(f"{file.path}: {problem}, such as {wrong[0]}")
     module.load_state_dict(tensors, strict=False)
     return module.eval().requires_grad_(False)
 

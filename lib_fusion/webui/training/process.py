@@ -59,9 +59,9 @@ def run(folder: Path) -> int:
     except Exception as error:
         if not isinstance(error, FusionError):
             traceback.print_exc()
-        told = describe(error)
-        print(told, flush=True)
-        write_json(folder / STATE, {"stage": stage, "phase": "failed", "error": told})
+        problem = describe(error)
+        print(problem, flush=True)
+        write_json(folder / STATE, {"stage": stage, "phase": "failed", "error": problem})
         return 1
 
 

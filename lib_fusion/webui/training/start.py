@@ -103,8 +103,8 @@ def check_pictures(field: str, given: Any) -> str:
 def check_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Files and configurations of the checkpoints of an ensemble, base first; raises SettingError."""
     if not 2 <= len(names) <= MAX_EXPERTS + 1:
-        told = f"allowed: 2 to {MAX_EXPERTS + 1} checkpoints, the base first"
-        raise SettingError("models", list(names), told)
+        problem = f"allowed: 2 to {MAX_EXPERTS + 1} checkpoints, the base first"
+        raise SettingError("models", list(names), problem)
     infos = [find_checkpoint(name, "models") for name in names]
     try:
         files = [Checkpoint.open(info.filename) for info in infos]
@@ -117,8 +117,8 @@ def check_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
             raise SettingError("models", info.name, f"it is {kind}; allowed: {', '.join(KINDS)}")
         differ = [key for key, shape in files[0].unet_shapes.items() if file.unet_shapes.get(key) != shape]
         if kind != kinds[0] or differ:
-            told = f"its U-Net is of another kind or size than that of {infos[0].name}"
-            raise SettingError("models", info.name, f"{told}; allowed: checkpoints of one architecture")
+            problem = f"its U-Net is of another kind or size than that of {infos[0].name}"
+            raise SettingError("models", info.name, f"{problem}; allowed: checkpoints of one architecture")
         if file.unet_shapes["input_blocks.0.0.weight"][1] != file.latent_channels:
             raise SettingError("models", info.name, "it is for inpainting or editing; allowed: ordinary checkpoints")
         for prefix, part in ((file.text_prefix, "text encoder"), *([(VAE_PREFIX, "VAE")] if file is files[0] else [])):
@@ -130,8 +130,8 @@ def check_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
     if len({info.filename for info in infos}) < len(infos):
         raise SettingError("models", list(names), "one of them is there twice; allowed: different checkpoints")
     if len({file.prediction for file in files}) > 1:
-        told = ", ".join(f"{info.name} {file.prediction}" for info, file in zip(infos, files))
-        raise SettingError("models", list(names), f"they predict different things ({told})")
+        problem = ", ".join(f"{info.name} {file.prediction}" for info, file in zip(infos, files))
+        raise SettingError("models", list(names), f"they predict different things ({problem})")
     return [info.filename for info in infos], configs
 
 
@@ -139,5 +139,5 @@ def check_prediction(info: Any, file: Checkpoint, config: str) -> None:
     """Refuses a file that the host finds to predict something else than it, or a .yaml beside it, says."""
     found = prediction_of_config(OmegaConf.load(config))
     if found != file.prediction:
-        told = f"it predicts {found}, which neither it nor a .yaml beside it says; allowed: with such a .yaml"
-        raise SettingError("models", info.name, told)
+        problem = f"it predicts {found}, which neither it nor a .yaml beside it says; allowed: with such a .yaml"
+        raise SettingError("models", info.name, problem)
