@@ -53,19 +53,20 @@ var denoiserFusion = {};
         if (badge.textContent !== text) badge.textContent = text;
     }
 
-    // Whether an expert has a place of its own, with a method that has places.
-    function usesPlaces(tab) {
-        return read(tab, 'method') === 'SNB' && EXPERTS.some(i => {
-            const place = read(tab, `expert${i}_place`).toLowerCase();
-            return isCheckpoint(read(tab, `expert${i}_checkpoint`)) && place !== '' && place !== 'auto';
-        });
+    // What the experts' places make of use, with a method that has places: the painted ones' canvases, and what is
+    // common to all places.
+    function placeChoices(tab) {
+        if (read(tab, 'method') !== 'SNB') return [];
+        const place = i => read(tab, `expert${i}_place`).toLowerCase();
+        const used = EXPERTS.filter(i => isCheckpoint(read(tab, `expert${i}_checkpoint`)) && !['', 'auto'].includes(place(i)));
+        const painted = EXPERTS.filter(i => place(i).split(' ')[0] === 'mask');
+        return [...painted.map(i => `denoiser-fusion-expert${i}-painted`), ...used.map(() => 'denoiser-fusion-places-used')];
     }
 
     // A picture for a canvas, as a data URL: the gallery's selected one, its first, or a grey one of the picture's size.
     denoiserFusion.lastPicture = async function(tab) {
         const gallery = gradioApp().querySelector(`#${tab}_gallery`);
-        const images = [...(gallery ? gallery.querySelectorAll('.thumbnail-item.selected img, img') : [])];
-        const chosen = gallery && gallery.querySelector('.thumbnail-item.selected img') || images[0];
+        const chosen = gallery && (gallery.querySelector('.thumbnail-item.selected img') || gallery.querySelector('img'));
         if (!chosen) return [greyPicture(tab)];
         const blob = await (await fetch(chosen.src)).blob();
         return new Promise(resolve => {
@@ -123,7 +124,7 @@ var denoiserFusion = {};
         const chosen = CHOOSERS.map(name => {
             return `denoiser-fusion-${name}-${read(tab, name).toLowerCase().replace(/ /g, '-')}`;
         });
-        if (usesPlaces(tab)) chosen.push('denoiser-fusion-places-used');
+        chosen.push(...placeChoices(tab));
         for (const element of panel.querySelectorAll('.denoiser-fusion-with')) {
             const shown = chosen.some(name => element.classList.contains(name));
             element.classList.toggle('denoiser-fusion-hidden', !shown);

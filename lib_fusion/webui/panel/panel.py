@@ -54,8 +54,8 @@ AFA_HINT = ("Parts that come out coarse are mostly spoilt while there is more no
 GUIDANCE_TOLD = ("Where the host's NGMS leaves out the unconditional half of a step, it acts first: that step has no "
                  "guidance to lower.")  # fmt: skip
 #: The places that have a button, in words.
-PLACE_BUTTONS = {"Left half": "columns 1:1 1", "Right half": "columns 1:1 2", "Top half": "rows 1:1 1",
-                 "Bottom half": "rows 1:1 2", "Painted": PAINTED, "Auto": AUTO}  # fmt: skip
+PLACE_BUTTONS = {"Auto": AUTO, "Left half": "columns 1:1 1", "Right half": "columns 1:1 2", "Painted": PAINTED,
+                 "Top half": "rows 1:1 1", "Bottom half": "rows 1:1 2"}  # fmt: skip
 USE_WORDS = "Paint on the picture that the gallery shows, or on a grey one where it shows none"
 #: Of the strokes on a canvas, on any picture.
 BRUSH = "#ff7f0e"
@@ -179,7 +179,7 @@ def build_place(
         for label, value in buttons.items():
             button = gr.Button(label, size="sm", elem_id=elem_id(f"{name}_place_{label.split()[0].lower()}"))
             button.click(None, outputs=[text], _js=f"() => ['{value}']", **AT_ONCE)
-    with gr.Column(elem_classes=["denoiser-fusion-canvas", *shown_with("method", "SNB")]):
+    with gr.Column(elem_classes=["denoiser-fusion-canvas", *shown_with(name, "painted")]):
         canvas = gr.Image(
             label=f"Expert {name[-1]} mask", source="upload", tool="sketch", type="pil",
             height=CANVAS_HEIGHT, brush_color=BRUSH, elem_id=elem_id(f"{name}_canvas"),
