@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_fusion.fusion.lockstep import point_names, sizes_for
+from lib_fusion.fusion.lockstep import Lockstep, point_names, sizes_for
 from lib_fusion.methods.afa import Aggregator, AggregatorSizes, one_hot, uniform
 from lib_fusion.unet.config import unet_shapes
-from lib_fusion.unet.model import UNet
-from tests.helpers import REAL, relative_error
+from lib_fusion.unet.model import UNet, load_unet
+from tests.helpers import REAL, SMALL, random_inputs, random_weights, relative_error
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -130,3 +130,22 @@ def test_sizes_are_what_is_made():
     sizes = AggregatorSizes(2, (8, 16, 4), context_dim=12, time_dim=24, hidden=32, layers=1, heads=4)
     made = sizes.make()
     assert [a.conv_in.in_channels for a in made] == [16, 32, 8]
+
+
+def test_the_lockstep_takes_the_timesteps_by_position_or_by_name():
+    unet = load_unet(random_weights(SMALL["sd1"]))
+    x, timesteps, context, _ = random_inputs(SMALL["sd1"])
+    aggregators = randomize(sizes_for(unet, 2, hidden=16, layers=1, heads=2).make())
+    lockstep = Lockstep(unet, [unet], aggregators)
+    with lockstep.attach(), lockstep.running([context.flip(1)], context), torch.no_grad():
+        expected = unet(x, timesteps, context)
+        assert torch.equal(unet(x, timesteps=timesteps, context=context), expected)
+        assert not torch.equal(unet(x, timesteps=timesteps - 400, context=context), expected)
+
+
+def test_the_published_sizes_are_the_default():
+    aggregator = Aggregator(4, 2, context_dim=12, time_dim=24)
+    assert aggregator.conv_in.weight.shape == (128, 8, 1, 1)
+    assert len(aggregator.transformer.transformer_blocks) == 2
+    sizes = AggregatorSizes(2, (4,), context_dim=12, time_dim=24)
+    assert (sizes.hidden, sizes.layers, sizes.heads) == (128, 2, 8)

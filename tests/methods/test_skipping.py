@@ -199,3 +199,27 @@ def test_a_noise_level_that_does_not_fall_begins_a_new_history():
     policy.observe(-1.5, torch.randn(2, 1, 2, 2), GUIDED)
     assert policy.may_skip(-2.0)
     assert not policy.may_skip(-1.5)
+
+
+def test_a_correction_goes_by_the_last_three_computed():
+    """Of a course that no parabola follows, the parabola through this and the two computed before."""
+    policy = Forecaster(tolerance=1e9, max_skips=1)
+    levels = [2.0, 1.8, 1.5, 1.3, 0.6]
+    noises = [torch.randn(2, 4, 3, 3, dtype=torch.float64) for _ in levels]
+    for level, noise in zip(levels[:4], noises, strict=False):
+        assert policy.observe(level, noise, GUIDED) == []
+    was = policy.forecast(1.0)
+    ((_, change),) = policy.observe(levels[4], noises[4], GUIDED)
+    parabola = np.polyfit(levels[2:], torch.stack(noises[2:]).flatten(1).numpy(), 2)
+    expected = torch.from_numpy(np.polyval(parabola, 1.0)).view(2, 4, 3, 3)
+    torch.testing.assert_close(change, CORRECTION * (expected - was))
+
+
+def test_the_papers_policy_skips_four_in_a_row_unless_told():
+    line = [torch.full((1, 1, 2, 2), float(i)) for i in range(20)]
+    policy = LastNoise()
+    policy.observe(1.0, torch.zeros(2, 1, 2, 2), GUIDED)
+    expected = [False] * 3 + [True] * 5 + [False, True, True, True, True] * 2 + [False, True]
+    assert [policy.may_skip(1.0, latent) for latent in line] == expected
+    estimator = ThirdOrderEstimator()
+    assert [estimator.observe(latent) for latent in line] == expected

@@ -157,3 +157,27 @@ class TestHeldMask:
         assert not hold.is_held(400)
         assert torch.equal(hold.update(400, maps[0]), snb.winner(maps[0]))
         assert torch.equal(hold.update(380, maps[1]), snb.winner(maps[0]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_otsus_threshold_is_the_one_of_most_variance_between_its_classes(seed):
+    values = np.random.default_rng(seed).gamma(2.0, size=(3, 1, 7, 9)) * [[[[1.0]]], [[[9.0]]], [[[0.1]]]] - 1
+    found = snb.otsu(torch.from_numpy(values))
+    assert found.shape == (3, 1, 1, 1)
+    for v, threshold in zip(values, found.flatten().tolist(), strict=True):
+        edges = v.min() + np.ptp(v) * np.arange(1, 128) / 128
+        assert np.abs(edges - threshold).min() < 1e-6 * np.ptp(v)
+
+        def between(edge: float, v: np.ndarray = v) -> float:
+            low, high = v[v <= edge], v[v > edge]
+            return low.size * high.size / v.size**2 * (high.mean() - low.mean()) ** 2
+
+        assert between(threshold) == pytest.approx(max(between(edge) for edge in edges))
+
+
+def test_a_mix_is_the_weighted_sum():
+    a, b, c, _ = noises(2, (5, 6), seed=6)
+    soft = torch.rand(2, 1, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(snb.mix({0: 0.2, 1: 0.5, 2: 0.3}, {0: a, 1: b, 2: c}), 0.2 * a + 0.5 * b + 0.3 * c)
+    torch.testing.assert_close(snb.mix({0: 1 - soft, 2: soft}, {0: a, 2: c}), (1 - soft) * a + soft * c)
+    assert torch.equal(snb.mix({0: 0.2, 1: 0.5, 2: 0.3}, dict.fromkeys(range(3), a)), a)
