@@ -211,3 +211,33 @@ def test_a_plot_over_freeu_leaves_ones_own_factors_to_their_cells() -> None:
 def test_a_plot_over_malformed_experts_is_refused(experts: object) -> None:
     with pytest.raises(SettingError, match=r"^experts"):
         request.read_args([{"experts": experts}], {"k_expert": "3"})
+
+
+def test_a_canvas_counts_where_the_place_is_a_painted_mask() -> None:
+    values = FULL | {"experts": [{"checkpoint": "b", "place": " MASK "}, {"checkpoint": "c", "place": "inpaint"}]}
+    panel = to_panel(values)
+    painted = [False, "cGFpbnRlZA==", "b3RoZXI=", None]  # the comparison's switch, then a canvas for each expert
+    experts = request.panel_to_dict([*panel, *painted])["experts"]
+    assert [expert.get("mask") for expert in experts] == ["cGFpbnRlZA==", None]
+    assert all("mask" not in expert for expert in request.panel_to_dict(panel)["experts"])
+
+
+def test_the_schema_of_each_kind_of_row() -> None:
+    properties = request.write_schema()["properties"]
+    told = {key: {k: v for k, v in properties[key].items() if k != "description"} for key in properties}
+    assert told["skip_max"] == {"type": "integer", "default": 0, "minimum": 0, "maximum": 8}
+    assert told["k_expert"] == {"type": "number", "default": 1.0, "minimum": 0, "maximum": 1000}
+    assert told["passes"] == {"type": "string", "default": "both", "enum": ["both", "first", "hires"]}
+    assert told["refiner"] == {"type": "boolean", "default": False}
+    assert told["afa_aggregator"] == {"type": "string", "default": ""}
+    number = {"type": "number", "minimum": 0, "maximum": 1000}
+    assert told["snb_window"] == {
+        "type": "array", "items": number, "minItems": 2, "maxItems": 2, "default": [1000.0, 0.0],
+    }  # fmt: skip
+
+
+def test_a_prompt_that_the_host_takes_for_a_size_is_put_together_again() -> None:
+    settings = FusionSettings.from_dict({"experts": [{"checkpoint": "1x2", "prompt": "512x768"}]})
+    entries = parse_as_host(infotext.write_infotext(settings, ["1x2"]))
+    assert entries["Fusion expert 1 prompt-1"] == "512"
+    assert FusionSettings.from_dict(read_back(entries)).experts == settings.experts

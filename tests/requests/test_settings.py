@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib_fusion.errors import FusionError, SettingError
-from lib_fusion.requests.parameters import row, rows_of
+from lib_fusion.requests.parameters import Parameter, row, rows_of
 from lib_fusion.requests.settings import (
     AFA_PARAMETERS,
     EXPERT_PARAMETERS,
@@ -192,3 +192,36 @@ def test_window(window, inside, out):
 def test_generation_errors_name_the_field(values, named):
     with pytest.raises(SettingError, match=named):
         GenerationSettings.from_dict(values)
+
+
+@pytest.mark.parametrize("value", [[True, False], [900, False], [900], [900, 500, 100], "900", "9:5:1", 900, None])
+def test_a_window_is_two_numbers(value):
+    with pytest.raises(SettingError, match=r"snb_window: .*START:END"):
+        FusionSettings.from_dict({"snb_window": value})
+
+
+def test_a_choice_is_named_by_a_text_or_a_whole_number():
+    chosen = Parameter("a", "choice", "2", "a", "", choices=("2", "None", "True", "1.0"))
+    assert [chosen.read(value) for value in (2, " none ", "TRUE", "1.0")] == ["2", "None", "True", "1.0"]
+    for value in (None, True, 1.0, ["2"]):
+        with pytest.raises(SettingError, match=r"^a: .*allowed: 2, None, True, 1\.0"):
+            chosen.read(value)
+
+
+def test_multiples_are_refused_and_told_of():
+    even = Parameter("a", "int", 2, "a", "", low=2, high=8, multiple_of=2)
+    assert even.allowed == "allowed: a whole number divisible by 2 at least 2 and at most 8"
+    assert even.read("4") == 4
+    with pytest.raises(SettingError, match=r"^a: 3 is not allowed"):
+        even.read(3)
+    free = Parameter("a", "int", 2, "a", "")
+    assert free.allowed == "allowed: a whole number"
+    assert free.read(3) == 3
+
+
+def test_the_labels_of_freeus_factors():
+    """Infotexts of pictures that are already made go by them."""
+    assert [row.label for row in FREEU_CUSTOM] == [
+        f"FreeU {factor}{stage}"
+        for stage in (1, 2, 3) for factor in ("b", "s", "offset ", "width ", "high ", "cutoff ")
+    ]  # fmt: skip
