@@ -19,6 +19,7 @@ from lib_fusion.requests.settings import (
     PAINTED,
     PARAMETERS,
     TIMESTEPS,
+    UNUSED_ROWS,
     FusionSettings,
 )
 
@@ -27,8 +28,6 @@ PRESET = "preset"
 #: The controls of a window, and the axes for one end of it.
 WINDOW_ENDS = ("start", "end")
 FREEU_CUSTOM_KEYS = {row.key for row in FREEU_CUSTOM}
-#: Rows of an expert that a method does not have.
-UNUSED = {"AFA": ("weight", "window", "place"), "Average": ("place",)}
 
 
 def default_values() -> list[Any]:
@@ -76,6 +75,8 @@ def put_axes(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, An
                 target.pop("mask", None)
         if field.width == 2:
             put_ends(target, field, axes)
+    if "method" in axes or PRESET in axes:
+        drop_unused(experts, result.get("method"))
     result["experts"] = [expert for expert in experts if expert.get("checkpoint", "") not in NO_CHECKPOINT]
     chosen = str(result.get("freeu", "Off")).strip().lower()
     if chosen != "custom" and ("freeu" in axes or PRESET in axes):
@@ -133,13 +134,20 @@ def panel_to_dict(args: Sequence[Any]) -> dict[str, Any]:
     for expert, canvas in zip(experts, values):
         if str(expert["place"]).strip().lower() == PAINTED and (mask := read_canvas(canvas)):
             expert["mask"] = mask
-        for key in UNUSED.get(result["method"], ()):
-            expert.pop(key)
-            expert.pop("mask", None)
+    drop_unused(experts, result["method"])
     result["experts"] = [expert for expert in experts if expert["checkpoint"] not in NO_CHECKPOINT]
     if result["freeu"] != "Custom":
         result = {key: value for key, value in result.items() if key not in FREEU_CUSTOM_KEYS}
     return result
+
+
+def drop_unused(experts: Sequence[dict[str, Any]], method: Any) -> None:
+    """Takes out of the experts what a method, however it is written, does not have of them."""
+    names = {name.lower(): name for name in UNUSED_ROWS}
+    unused, _ = UNUSED_ROWS.get(names.get(str(method).strip().lower(), ""), ((), ""))
+    for expert in experts:
+        for key in (*unused, "mask") if "place" in unused else unused:
+            expert.pop(key, None)
 
 
 def read_canvas(value: Any) -> Any:

@@ -19,6 +19,11 @@ MAX_EXPERTS = 3
 LONGEST_MASK = 16_000_000
 #: Places that are no rectangles: where the expert is salient, its painted mask, and img2img's inpaint mask.
 AUTO, PAINTED, INPAINT = "auto", "mask", "inpaint"
+#: Rows of an expert that a method can't honour, and why.
+UNUSED_ROWS: dict[str, tuple[tuple[str, ...], str]] = {
+    "AFA": (("weight", "window", "place"), "its aggregator weighs the models"),
+    "Average": (("place",), "all models draw everywhere"),
+}
 
 #: FreeU's published factors by version: those that the authors' repository recommends now (2) and its first ones (1).
 #: For SDXL in version 1 they are Nasir Khalid's, whom it links to.
@@ -311,12 +316,13 @@ class FusionSettings:
         return settings
 
     def _check_experts(self) -> None:
-        """Raises SettingError for rows of experts that AFA can't honour, and for masks without a place for them."""
+        """Raises SettingError for rows of experts that the method can't honour, and for masks without their place."""
+        unused, reason = UNUSED_ROWS.get(self.method, ((), ""))
         for i, expert in enumerate(self.experts):
-            for key in ("weight", "window", "place") if self.method == "AFA" else ():
+            for key in unused:
                 found = next(row for row in EXPERT_PARAMETERS if row.key == key)
                 if getattr(expert, key) != found.default:
-                    allowed = f"allowed with method AFA: {found.show(found.default)}; its aggregator weighs the models"
+                    allowed = f"allowed with method {self.method}: {found.show(found.default)}; {reason}"
                     raise SettingError(f"experts[{i}].{key}", getattr(expert, key), allowed)
             if expert.mask and (not expert.is_painted or expert.uses_inpaint):
                 raise SettingError(f"experts[{i}].place", expert.place, f"allowed with a mask: {PAINTED}")

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.requests import request
 from lib_fusion.requests.parameters import Parameter, row, rows_of
 from lib_fusion.requests.settings import (
     AFA_PARAMETERS,
@@ -225,3 +226,21 @@ def test_the_labels_of_freeus_factors():
         f"FreeU {factor}{stage}"
         for stage in (1, 2, 3) for factor in ("b", "s", "offset ", "width ", "high ", "cutoff ")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "own"), [("AFA", {"weight": 0.5}), ("AFA", {"window": [900, 0]}),
+                                             ("AFA", {"place": "rows 1:1 1"}), ("Average", {"place": "rows 1:1 1"}),
+                                             ("Average", {"place": "mask", "mask": "YQ=="})])  # fmt: skip
+def test_rows_that_a_method_can_not_honour(method: str, own: dict) -> None:
+    """Refused by name; but panels hide them and plots over methods leave them out of their cells."""
+    values = {"experts": [{"checkpoint": "a", **own}]}
+    (key,) = [key for key in own if key != "mask"]
+    assert FusionSettings.from_dict({**values, "method": "SNB"}).experts[0].place == own.get("place", "auto")
+    with pytest.raises(SettingError, match=rf"experts\[0\].{key}: .* is not allowed; allowed with method {method}"):
+        FusionSettings.from_dict({**values, "method": method})
+    for cell in (method, method.lower()):
+        plotted = request.read_args([{**values, "method": "SNB"}], {"method": cell})
+        assert plotted.experts[0] == ExpertSettings("a")
+    drawn = request.read_args([{**values, "method": "SNB"}], {"method": "SNB"})
+    assert drawn.experts[0].mask == own.get("mask", "")
+    assert values["experts"][0] == {"checkpoint": "a", **own}

@@ -294,6 +294,8 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
                           expert(NAME, weight=0.5, method="AFA", afa_maps="uniform")),
     "AFA with a place": (r"experts\[0\].place: 'rows 1:1 1' is not allowed; allowed with method AFA: auto",
                          expert(NAME, place="rows 1:1 1", method="AFA", afa_maps="uniform")),
+    "the average with a place": (r"experts\[0\].place: 'rows 1:1 1' is not allowed; allowed with method Average: auto",
+                                 expert(NAME, place="rows 1:1 1", method="Average")),
     "no picture": (r"experts\[0\].mask: .* is not allowed; allowed: a picture file",
                    painted(NAME, base64.b64encode(b"not a picture").decode())),
     "no base64": (r"experts\[0\].mask: '!!' is not allowed; allowed: a picture file in base64", painted(NAME, "!!")),
