@@ -205,6 +205,7 @@ class Engine:
                 if bar is not None:
                     bar.update()
         session.check_finite(f"the base ({self.models[0].path.stem})")
+        session.check_acted()
         return x
 
     def _draw_noise(self, seeds: Sequence[int], generation: GenerationSettings) -> torch.Tensor:

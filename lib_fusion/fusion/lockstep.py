@@ -21,6 +21,9 @@ from lib_fusion.methods.afa import AggregatorSizes
 from lib_fusion.methods.layers import timestep_embedding
 from lib_fusion.unet.layout import Layout, UNetLike, read_layout
 
+#: Why hooks on blocks may not run.
+ELSEWHERE = "another extension runs the U-Net's blocks by itself"
+
 Aggregate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -164,6 +167,8 @@ class Lockstep:
     def _out(self, _: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         if not self._is_running:
             return None
+        if len(self._last) != len(self.experts) or len(self.totals) != len(self._layouts[0].points) - 1:
+            raise FusionError(f"AFA could not act: {ELSEWHERE}; switch that or AFA off")
         own = [expert.out.forward(h) for expert, h in zip(self.experts, self._last, strict=True)]
         return self._aggregate(len(self._layouts[0].points) - 1, [output, *own])
 

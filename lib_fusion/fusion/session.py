@@ -15,7 +15,7 @@ import torch
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.fusion.blend import BASE, Blend
 from lib_fusion.fusion.level import Level, Schedule
-from lib_fusion.fusion.lockstep import Lockstep, point_names
+from lib_fusion.fusion.lockstep import ELSEWHERE, Lockstep, point_names
 from lib_fusion.fusion.places import Places
 from lib_fusion.fusion.policies import Skips, make_skips
 from lib_fusion.fusion.records import AfaWatch, Keep, Records
@@ -68,7 +68,11 @@ class FusionSession:
         """
         self.schedule = Schedule(levels)
         start, stop, steps = self.settings.freeu_start, self.settings.freeu_stop, self.schedule.steps
-        if self.freeu and freeu.whole_steps(start, steps) > freeu.whole_steps(stop, steps):
+        if not self.freeu or steps < 1:  # img2img may have no step to take
+            return
+        if freeu.whole_steps(start, steps) > steps:
+            raise SettingError("freeu_start", start, f"allowed in a pass of {steps} steps: at most {steps}")
+        if freeu.whole_steps(start, steps) > freeu.whole_steps(stop, steps):
             raise SettingError("freeu_stop", stop, f"allowed with freeu_start {start:g} in {steps} steps: no less")
 
     def guidance_at(self, timestep: float) -> float:
@@ -119,8 +123,15 @@ class FusionSession:
     def watch_lockstep(self, models: Sequence[int]) -> None:
         """Takes the sums of the lockstep's last call."""
         assert self.lockstep is not None
+        if not self.lockstep.totals:
+            raise FusionError(f"AFA could not act: {ELSEWHERE}; switch that or AFA off")
         for totals in self.lockstep.totals:
             self.watch((*models, AGGREGATOR), totals)
+
+    def check_acted(self) -> None:
+        """Raises FusionError where FreeU was to act in the pass and none of its blocks has run under its hooks."""
+        if any(acting.was_due and not acting.has_acted for acting in self.freeu):
+            raise FusionError(f"FreeU could not act: {ELSEWHERE}; switch that or FreeU off")
 
     def begin_call(self, timestep: float, owners: Sequence[int]) -> None:
         """Before a call of the models in lockstep; ``owners``: the picture of each row."""

@@ -64,13 +64,25 @@ class FreeU:
     def __init__(self, stages: Mapping[int, Stage], version: int = 2) -> None:
         self.stages = {multiple: stage for multiple, stage in stages.items() if not stage.is_neutral}
         self.version = version
-        self.strength = 0.0
+        #: Whether it was to act in a call, and whether it has.
+        self.was_due = self.has_acted = False
+        self._strength = 0.0
         self._bands: dict[tuple, LowBand] = {}
+
+    @property
+    def strength(self) -> float:
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = value
+        self.was_due = self.was_due or (value != 0 and bool(self.stages))
 
     def edit_(self, features: torch.Tensor, h_channels: int, multiple: int) -> None:
         """Edits ``[h | skip]`` (B,C,H,W) in place; ``multiple`` says which stage it is given to."""
         if self.strength == 0 or multiple not in self.stages:
             return
+        self.has_acted = True
         stage = self.stages[multiple].at(self.strength)
         scale_backbone_(features[:, :h_channels], stage.backbone, self.version, stage.offset, stage.width)
         if stage.skip == stage.high == 1:
@@ -110,7 +122,7 @@ def scale_backbone_(
         if normalised is None:
             window.mul_(factor)
         else:
-            window.addcmul_(window, normalised, value=factor - 1)
+            window.mul_(1 + (factor - 1) * normalised)  # mul_ alone: other writes into slices are lost on MPS
     return h
 
 

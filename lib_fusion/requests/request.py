@@ -39,10 +39,13 @@ def default_values() -> list[Any]:
 
 
 def values_of(args: Sequence[Any]) -> Mapping[str, Any]:
-    """The API dict of a script's arguments: one dict (the API's), or the panel's values; raises SettingError."""
+    """The API dict of a script's arguments: one dict (the API's), or the panel's values; raises SettingError.
+
+    Other arguments after a dict are the host's own: defaults, or what it read from an infotext. The dict wins.
+    """
     if not args or not isinstance(args[0], Mapping):
         return panel_to_dict(args)
-    if not _is_default(args[1:]):
+    if any(isinstance(arg, Mapping) for arg in args[1:]):
         raise SettingError("args", "a list with more than one thing in it", "allowed: one object of settings")
     return args[0]
 
@@ -59,7 +62,8 @@ def read_args(args: Sequence[Any], axes: Mapping[str, Any] | None = None) -> Fus
 def put_axes(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
     """An API dict with a plot's values in it: a preset's first, the others over it.
 
-    A plot that takes away all there is to do switches off. FreeU's own factors count in the cells of "Custom" only.
+    A plot that takes away all there is to do switches off. FreeU's own factors count in the cells of "Custom" only,
+    and what a method does not have of the experts not in its cells.
     """
     result = {**values, **axes.get(PRESET, {}), ENABLED.key: axes.get(ENABLED.key, True)}
     experts = result.get("experts", ())
@@ -220,8 +224,3 @@ def _schema_of(row: Parameter) -> dict[str, Any]:
         limits = {"minimum": row.low, "maximum": row.high}
         schema |= {name: limit for name, limit in limits.items() if abs(limit) != float("inf")}
     return schema
-
-
-def _is_default(rest: Sequence[Any]) -> bool:
-    """Whether arguments after the dict are what the host fills in by itself."""
-    return all(value is None or value == default for value, default in zip(rest, default_values()[1:]))

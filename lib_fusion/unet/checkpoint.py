@@ -50,7 +50,7 @@ class Checkpoint:
         path = Path(path)
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file")
-        if path.suffix != ".safetensors":
+        if path.suffix.lower() != ".safetensors":
             raise CheckpointError(
                 f"{path}: only .safetensors files are read, this is {path.suffix or 'without suffix'}"
             )

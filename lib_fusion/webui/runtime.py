@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 from lib_fusion.errors import FusionError
@@ -45,12 +46,13 @@ class Runtime:
         self.free()
 
     def describe_memory(self) -> str:
-        """What is loaded, for people."""
+        """The loaded experts and their size in memory, as HTML."""
         sizes = self.experts.sizes()
         if not sizes:
             return "No expert is loaded."
         total = sum(size for _, size in sizes) + self.texts.bytes
-        return f"Loaded: {', '.join(name for name, _ in sizes)} ({_mib(total)} with text encoders)"
+        names = ", ".join(html.escape(name) for name, _ in sizes)
+        return f"Loaded: {names} ({_mib(total)} with text encoders)"
 
     def _guard(self, step: str, params: Any) -> None:
         """Calls the running pass. The host swallows what a callback raises, so the pass raises it where it is heard."""

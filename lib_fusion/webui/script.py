@@ -119,7 +119,7 @@ def wrap_sampler(p: Any) -> None:
         if job.error is not None:
             raise job.error
         is_hires = bool(getattr(p, "is_hr_pass", False))
-        if not is_hires:
+        if not is_hires or not job.records:  # hires fix of a finished picture has no first pass
             job.begin_batch()
         if job.settings.passes == ("first" if is_hires else "hires") and _has_pass(p, job):
             return original(steps, func)

@@ -263,3 +263,26 @@ def test_gradients_reach_the_aggregators_alone():
 
 def test_fixed_weights_have_no_state():
     assert FixedAggregator([0.5, 0.5]).state_dict() == {}
+
+
+def test_a_forward_that_walks_the_layers_itself_is_refused() -> None:
+    """As extensions do that cache features: hooks on blocks never run, and the picture would be the base's."""
+    unets = models("sd1", 2)
+    inputs, contexts, vectors = told("sd1", 2)
+    hooked = {id(block) for part in ("input_blocks", "output_blocks") for block in getattr(unets[0], part)}
+
+    def walk(x, timesteps, context, y=None):
+        """The blocks' layers one by one, the last projection as a module."""
+        calls = {}
+        for module in unets[0].modules():
+            if id(module) in hooked or module is unets[0].middle_block:
+                calls[module] = (module._forward_hooks, module._forward_pre_hooks)
+                module._forward_hooks, module._forward_pre_hooks = {}, {}
+        try:
+            return unets[0](x, timesteps, context, y)
+        finally:
+            for module, (after, before) in calls.items():
+                module._forward_hooks, module._forward_pre_hooks = after, before
+
+    with pytest.raises(FusionError, match="AFA could not act: another extension"):
+        run(unets, trained(unets[0], 2), inputs, contexts, vectors, forward=walk)

@@ -452,3 +452,24 @@ def test_the_record_of_skips() -> None:
     assert skips.record() == {
         "computed": {0: [2]}, "skipped": {0: [1]}, "paths": {0: ["#.#"]}, "errors": {0: [[0.12346]]},
     }  # fmt: skip
+
+
+def test_freeu_that_was_due_and_did_not_act_is_an_error() -> None:
+    s = session(experts=0, freeu="Custom", freeu_b3=1.5)
+    s.begin([900.0, 500.0, 100.0])
+    s.check_acted()  # nothing was due yet
+    step = Step(s, s.schedule.level(900.0, 900.0, 0.1), Rows.plain(2))
+    step.run(range(4), torch.zeros(4, 4, *SIZE), halves(*predictions(1)))
+    with pytest.raises(FusionError, match="FreeU could not act: another extension"):
+        s.check_acted()
+    s.freeu[0].strength = 1.0
+    s.freeu[0].edit_(torch.ones(1, 8, 4, 4), 4, 1)
+    s.check_acted()
+
+
+def test_freeus_schedule_is_checked_against_the_pass() -> None:
+    late = session(experts=0, freeu="Custom", freeu_b3=1.5, freeu_start=8, freeu_stop=10)
+    late.begin([1.0])  # img2img may have no step to take
+    late.begin([])
+    with pytest.raises(FusionError, match=r"freeu_start: 8.0 is not allowed; allowed in a pass of 4 steps: at most 4"):
+        late.begin([5.0, 4.0, 3.0, 2.0, 1.0])

@@ -213,6 +213,14 @@ def test_a_plot_over_malformed_experts_is_refused(experts: object) -> None:
         request.read_args([{"experts": experts}], {"k_expert": "3"})
 
 
+def test_an_object_wins_over_what_an_infotext_has_filled_in() -> None:
+    """The host fills the arguments after the object where a request has an infotext, too."""
+    filled = to_panel({**FULL, "method": "Average"})[1:]
+    assert request.read_args([FULL, *filled]) == FusionSettings.from_dict(FULL)
+    with pytest.raises(SettingError, match="one object of settings"):
+        request.read_args([FULL, FULL])
+
+
 def test_a_canvas_counts_where_the_place_is_a_painted_mask() -> None:
     values = FULL | {"experts": [{"checkpoint": "b", "place": " MASK "}, {"checkpoint": "c", "place": "inpaint"}]}
     panel = to_panel(values)

@@ -224,3 +224,7 @@ def test_missing_file_and_folder(tmp_path):
     assert "no such file" in refusal(load_unet, tmp_path / "gone.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
     assert "no such file" in refusal(load_unet, tmp_path / "folder.safetensors")
+
+
+def test_endings_in_capitals_are_read(save):
+    assert Checkpoint.open(save(whole(), name="Model.SAFETENSORS")).kind == "sd1"

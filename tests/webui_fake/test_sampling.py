@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -279,7 +281,7 @@ def test_levels_of_a_pass(sampling: Any, arguments: dict, levels: list[float]) -
 
 
 def test_levels_are_told_and_the_samplers_function_comes_back(sampling: Any) -> None:
-    def function(model: Any, x: Any, sigmas: torch.Tensor) -> Any:
+    def function(model: Any, x: Any, sigmas: torch.Tensor | None = None) -> Any:
         return x
 
     from lib_fusion.webui.sampling.launch import announced_levels
@@ -291,7 +293,56 @@ def test_levels_are_told_and_the_samplers_function_comes_back(sampling: Any) -> 
     assert sampler.func is function
     assert fusion.schedule.levels == [8, 2, 0]
     with announced_levels(sampler, sampling.FusionSession(FusionSettings())):
-        assert sampler.func is function
+        assert sampler.func(None, 6) == 6  # nothing needs levels here
+    with announced_levels(sampler, fusion), pytest.raises(KeyError):
+        sampler.func(None, 6)
+    assert sampler.func is function
+
+
+def test_a_pass_keeps_nothing_alive_after_its_end(sampling: Any) -> None:
+    """Without waiting for the collector: an expert that is freed is free at once."""
+    step, expert = Step(Model(UNet(1.0))), UNet(1.7)
+    fusion = make_pass(sampling, step, expert)
+    fusion.attach()
+    step.run(fusion, (4,))
+    fusion.detach()
+    alive = [weakref.ref(fusion), weakref.ref(expert), weakref.ref(fusion.session)]
+    gc.collect()
+    gc.disable()
+    try:
+        del fusion, expert
+        assert [found() for found in alive] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_pass_without_a_model_call_is_an_error(sampling: Any) -> None:
+    step = Step(Model(UNet(1.0)))
+    fusion = make_pass(sampling, step, UNet(1.7))
+    fusion.session.begin([8.0, 2.0, 0.0])
+    with pytest.raises(ValueError, match="could not act"):
+        fusion.finish()
+    fusion.session.begin([8.0])  # img2img may have no step to take
+    fusion.finish()
+
+
+def test_rows_that_are_not_the_steps_are_noticed_with_skipping_alone(
+    sampling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tiles are, which another extension gives the model in place of pictures."""
+    step = Step(Model(UNet(1.0)))
+    step.sampler.sampler_extra_args["s_min_uncond"] = 0.0
+    monkeypatch.setattr("lib_fusion.webui.sampling.host_step.leaves_out_uncond", lambda *_: False)
+    sampling.shared.sd_model = step.model
+    settings = FusionSettings.from_dict({"skipping": "Forecast"})
+    fusion = sampling.FusionPass(settings, lambda _: ([], []), step.sampler, step.model)
+    fusion.attach()
+    fusion.begin_step(SimpleNamespace(denoiser=step.denoiser, x=step.x, sigma=step.sigma))
+    told = {"c_crossattn": [step.context], "c_concat": []}
+    step.model.apply_model(step.x, torch.full((4,), 500.0), told)
+    with pytest.raises(ValueError, match="expected 4 rows in a step, the host has asked for 8"):
+        step.model.apply_model(step.x, torch.full((4,), 500.0), told)
+    fusion.detach()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,8 @@ def folder() -> Path:
 
 def list_aggregators() -> list[str]:
     """Names of the files there, without suffix."""
-    files = (path.relative_to(folder()).with_suffix("") for path in folder().rglob("*.safetensors"))
+    found = (Path(place) / name for place, _, names in os.walk(folder(), followlinks=True) for name in names)
+    files = (path.relative_to(folder()).with_suffix("") for path in found if path.suffix == ".safetensors")
     return sorted(file.as_posix() for file in files if file.parts[0] != TRAINING)
 
 

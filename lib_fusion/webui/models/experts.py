@@ -238,7 +238,8 @@ def config_of(info: Any, kind: str, sd_model: nn.Module) -> Any:
     """The configuration beside the file, or else the host's guess, which for SD2 runs a U-Net."""
     path = sd_models_config.find_checkpoint_config_near_filename(info)
     if path is None:
-        known = kind != "sd2" and kind == kind_of_model(sd_model).kind
+        base = kind_of_model(sd_model)  # one that predicts v has a configuration of its own, which says so
+        known = kind != "sd2" and kind == base.kind and base.prediction != "v"
         path = sd_model.used_config if known else guess_config(info.filename, info)
     return OmegaConf.load(path)
 

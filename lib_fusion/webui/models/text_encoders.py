@@ -30,6 +30,8 @@ OTHER = "allowed: an expert with its own text encoder"
 _FRESH = ("_backward_hooks", "_backward_pre_hooks", "_forward_hooks", "_forward_pre_hooks", "_state_dict_hooks",
           "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks",
           "_load_state_dict_post_hooks", "_state_dict_pre_hooks")  # fmt: skip
+#: The buffer of CLIP's embeddings that checkpoints hold.
+POSITIONS = "position_ids"
 _LORA = ("network_layer_name", "network_current_names", "network_weights_backup", "network_bias_backup")
 
 
@@ -136,6 +138,20 @@ def put_weights(
         value = value.to(devices.cpu, devices.dtype_unet) if devices.fp8 else value
         value = value.to(device=devices.cpu, dtype=old.dtype, copy=True)
         module._parameters[key] = nn.Parameter(value, requires_grad=False)
+    put_positions(encoder, weights, find)
+
+
+def put_positions(encoder: nn.Module, weights: dict[str, torch.Tensor], find: Callable[[str], str]) -> None:
+    """Gives an encoder the checkpoint's own numbers of positions, which merges break in many files, or the usual ones.
+
+    As the host does when it loads the file: fractions are cut off, and without any the positions count up from 0.
+    """
+    for path, module in encoder.named_modules():
+        old = module._buffers.get(POSITIONS)
+        if old is not None:
+            usual = torch.arange(old.numel(), device=old.device).view(old.shape)
+            own = weights.get(find(f"{path}.{POSITIONS}"), usual)
+            module._buffers[POSITIONS] = torch.empty_like(old).copy_(own.view(old.shape))
 
 
 def idle_parameters(encoder: nn.Module) -> set[nn.Parameter]:

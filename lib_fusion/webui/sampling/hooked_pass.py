@@ -97,6 +97,7 @@ class FusionPass:
                 del self.sd_model.apply_model
             else:
                 self.sd_model.apply_model = self._previous
+        self._wrapper = self._previous = None  # a pass that refers to itself would keep its experts
         if self.place != PLACES[0] or getattr(self.sd_model, "lowvram", False):
             for expert in self.experts:
                 if expert.unet is not None:
@@ -107,10 +108,13 @@ class FusionPass:
         self._failure = error
 
     def finish(self) -> None:
-        """After the last step: raises the error that was not raised yet, and checks the last outputs."""
+        """After the last step: raises the error that was not raised yet, and checks that all has acted."""
         if self._failure is not None:
             raise self._failure
+        if self.session.schedule.steps > 0 and not any(self.session.calls) and not self.refined:
+            raise FusionError("Denoiser Fusion could not act: this WebUI, or an extension, runs its model elsewhere")
         self.check_finite()
+        self.session.check_acted()
 
     def check_finite(self) -> None:
         """Ends the pass where a model has predicted NaN or infinite values, before they go into a picture."""

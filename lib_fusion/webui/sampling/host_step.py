@@ -80,7 +80,7 @@ class HostStep:
     def run(self, call: Call) -> torch.Tensor:
         """The first model's raw output (R,C,H,W) for the next rows of the step."""
         rows = range(self._cursor, self._cursor + len(call.x))
-        if self.fusion.experts and rows.stop > self.rows.num_all:
+        if (self.fusion.experts or self._may_skip) and rows.stop > self.rows.num_all:
             expected = f"expected {self.rows.num_all} rows in a step"
             raise FusionError(f"Denoiser Fusion {expected}, the host has asked for {rows.stop}")
         self._cursor = rows.stop

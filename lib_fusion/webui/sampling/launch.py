@@ -89,16 +89,17 @@ def announced_levels(
 ) -> Iterator[None]:
     """Gives the session the pass's noise levels, which the host hands to its sampling function and to nobody else.
 
-    For FreeU's schedule and for skipping. Counters would not do: with second-order samplers, hires fix or adaptive
-    steps they count something else than steps.
+    FreeU's schedule and skipping go by them, since counters count something else than steps with second-order samplers,
+    hires fix or adaptive steps. For these two, a sampling function without levels is an error.
     """
-    if not session.freeu and session.skips is None:
-        yield
-        return
     function = sampler.func
 
     def func(*args: Any, **kwargs: Any) -> Any:
-        session.begin(levels_of(kwargs, sampler.model_wrap_cfg.steps))
+        try:
+            session.begin(levels_of(kwargs, sampler.model_wrap_cfg.steps))
+        except KeyError:
+            if session.freeu or session.skips is not None:
+                raise
         if session.skips is not None:
             kwargs["callback"] = wrap_callback(function, kwargs)
         return function(*args, **kwargs)
