@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -405,3 +406,111 @@ def test_in_chinese(browser: Any, client: Client, host: Host, names: Names) -> N
         page.locator(f"{panel}_snb_hold").wait_for(state="hidden")
         close_page(page)
     reload_ui(client, host)
+
+
+def shown_picture(page: Any) -> np.ndarray:
+    """The pixels of the picture that the gallery shows."""
+    page.wait_for_function(f"{SHOWN} == 1")
+    source = page.locator("#txt2img_gallery img").first.get_attribute("src")
+    return np.asarray(Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB"))
+
+
+def place_of(page: Any, panel: str) -> str:
+    return page.locator(f"{panel}_expert1_place").locator("textarea, input").first.input_value()
+
+
+def paint(page: Any, panel: str) -> None:
+    """A zigzag down the right third of the first expert's canvas, by mouse."""
+    canvas = page.locator(f"{panel}_expert1_canvas canvas").first
+    canvas.wait_for(state="visible")
+    page.locator(f"{panel}_expert1_canvas").scroll_into_view_if_needed()
+    page.wait_for_timeout(SECONDS)
+    box = canvas.bounding_box()
+    for i in range(9):
+        page.mouse.move(box["x"] + box["width"] * (0.7 + 0.2 * (i % 2)),
+                        box["y"] + box["height"] * (0.1 + 0.1 * i), steps=4)  # fmt: skip
+        if i == 0:
+            page.mouse.down()
+    page.mouse.up()
+    page.wait_for_timeout(SECONDS)
+
+
+@pytest.mark.parametrize("has_picture", [False, True])
+def test_paint_a_place(browser: Any, client: Client, host: Host, names: Names, has_picture: bool) -> None:
+    """Painted by mouse on the gallery's picture, or on a grey one. The API makes the same picture with the mask that
+    was kept, and so does the infotext pasted into an empty panel."""
+    client.draw(model=names.base)
+    panel = PANEL.format(tab="txt2img")
+    page = open_page(browser, host, "light")
+    prepare(page, steps=6, width=192)
+    enable(page, names.expert)
+    if has_picture:
+        generate(page)
+    page.locator(f"{panel}_expert1_where .label-wrap").first.click()
+    page.locator(f"{panel}_place_feather").wait_for(state="hidden")
+    page.locator(f"{panel}_expert1_place_painted").click()
+    page.locator(f"{panel}_expert1_canvas_use").click()
+    paint(page, panel)
+    assert place_of(page, panel) == "mask"
+    page.locator(f"{panel}_place_feather").wait_for(state="visible")
+    text = generate(page)
+    (name,) = re.findall(r"Fusion expert 1 place: mask (\w{12})", text)
+    drawn = shown_picture(page)
+    close_page(page)
+
+    file = host.data / "denoiser-fusion-masks" / f"{name}.png"
+    mask = np.asarray(Image.open(file))
+    assert mask.shape == (128, 192)
+    assert 0.02 < (mask > 127).mean() < 0.3
+    assert not (mask > 127)[:, :96].any()
+    changes = {"prompt": "a fox, flat drawing", "negative_prompt": "", "steps": 6, "width": 192, "cfg_scale": 7,
+               "sampler_name": "DPM++ 2M", "scheduler": "Karras"}  # fmt: skip
+    painted = {"checkpoint": names.expert, "place": "mask", "mask": base64.b64encode(file.read_bytes()).decode()}
+    for one in (painted, {"checkpoint": names.expert, "place": f"mask {name}"}):
+        assert np.array_equal(client.draw({"experts": [one]}, **changes).pixels[0], drawn)
+    assert not np.array_equal(client.draw({"experts": [{"checkpoint": names.expert}]}, **changes).pixels[0], drawn)
+
+    page = open_page(browser, host, "light")
+    page.locator("#txt2img_prompt textarea").fill(text[: text.index("Time taken")])
+    page.locator("#txt2img_tools #paste").click()
+    page.wait_for_function("document.querySelector('#txt2img_prompt textarea').value == 'a fox, flat drawing'")
+    page.locator(f"{panel}_expert1_checkpoint").wait_for(state="visible")
+    assert place_of(page, panel) == f"mask {name}"
+    again = generate(page)
+    assert re.sub("Fusion seconds.*", "", again) == re.sub("Fusion seconds.*", "", text)
+    assert np.array_equal(shown_picture(page), drawn)
+    close_page(page)
+
+
+def test_buttons_of_places(page: Any, client: Client, names: Names) -> None:
+    """Each writes its place. A canvas without paint is told; Clear lets saliency decide again."""
+    panel = PANEL.format(tab="txt2img")
+    prepare(page)
+    enable(page, names.expert)
+    page.locator(f"{panel}_expert1_where .label-wrap").first.click()
+    for button, place in (("left", "columns 1:1 1"), ("right", "columns 1:1 2"), ("top", "rows 1:1 1"),
+                          ("bottom", "rows 1:1 2"), ("auto", "auto"), ("painted", "mask")):  # fmt: skip
+        page.locator(f"{panel}_expert1_place_{button}").click()
+        page.wait_for_function(
+            "([element, value]) => document.querySelector(`${element} textarea, ${element} input`).value == value",
+            arg=[f"{panel}_expert1_place", place],
+        )
+    assert page.locator(f"{panel}_expert1_place_inpaint").count() == 0
+    assert page.locator(f"{PANEL.format(tab='img2img')}_expert1_place_inpaint").count() == 1
+    page.locator(f"{panel}_expert1_canvas_use").click()
+    page.locator(f"{panel}_expert1_canvas canvas").first.wait_for(state="visible")
+    assert "experts[0].mask: '' is not allowed; allowed with place mask: paint on expert 1's canvas" in generate(page)
+    paint(page, panel)
+    page.locator(f"{panel}_expert1_canvas_clear").click()
+    page.locator(f"{panel}_expert1_canvas canvas").first.wait_for(state="detached")
+    assert place_of(page, panel) == "auto"
+    assert "Fusion expert 1 place" not in generate(page)
+    page.set_viewport_size({"width": 390, "height": 1180})
+    for tab in ("Experts", "Blend", "Guidance"):
+        open_tab(page, tab)
+        page.wait_for_timeout(SECONDS)
+        assert page.evaluate(WIDER, panel) == []
+    press_radio(page, f"{panel}_guidance", "off")
+    page.locator(f"{panel}_guidance_after").wait_for(state="hidden")
+    press_radio(page, f"{panel}_guidance", "always")
+    page.locator(f"{panel}_guidance_after").wait_for(state="visible")
