@@ -473,3 +473,31 @@ def test_freeus_schedule_is_checked_against_the_pass() -> None:
     late.begin([])
     with pytest.raises(FusionError, match=r"freeu_start: 8.0 is not allowed; allowed in a pass of 4 steps: at most 4"):
         late.begin([5.0, 4.0, 3.0, 2.0, 1.0])
+
+
+@pytest.mark.parametrize(("policy", "needed"), [("Forecast", [0]), ("Paper", [])])
+def test_the_last_step_is_never_forecast(policy: str, needed: list[int]) -> None:
+    skips = Skips(FusionSettings(skipping=policy), make=lambda *_: EverySecond(0.0))
+    latents = [torch.zeros(4, *SIZE)]
+    assert skips.needed(0, Level(500, 0.5), latents) == [0]
+    assert skips.needed(0, Level(20, 0.9, 1, is_last=True), latents) == needed
+    assert skips.paths == {0: ["##" if needed else "#."]}
+
+
+def test_of_models_in_lockstep_each_has_the_common_record() -> None:
+    settings = FusionSettings.from_dict({"experts": [{"checkpoint": "a"}], "method": "AFA", "skipping": "Forecast"})
+    skips = Skips(settings, timeline=[])
+    for is_joint in (True, False):
+        skips.begin_step(is_joint, spares_uncond=False)
+        skips.needed(0, Level(500, 0.5), [torch.zeros(4, *SIZE)])
+    assert skips.timeline == [{0: [("#", None)], 1: [("#", None)]}, {0: [("#", None)]}]
+
+
+def test_a_step_says_whether_its_models_are_in_lockstep() -> None:
+    begun = []
+    s = session(method="AFA", afa_maps="uniform", snb_window="600:0", snb_outside="average", skipping="Forecast",
+                guidance="always", guidance_until=400, guidance_after=1)  # fmt: skip
+    s.skips = SimpleNamespace(begin_step=lambda is_joint, spares_uncond: begun.append((is_joint, spares_uncond)))
+    for t in (700, 500, 400):
+        Step(s, Level(t, 0.5), Rows.plain(2), list(torch.zeros(2, 4, *SIZE)))
+    assert begun == [(False, False), (True, False), (True, True)]
