@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.webui_live.client import Client, expert
+from tests.webui_live.client import PLAIN, Client, expert
 from tests.webui_live.conftest import Names
 
 ALONE = {"snb_window": [0, 0], "snb_outside": "expert"}
@@ -36,7 +36,7 @@ def test_cells_are_what_each_draws_alone(client: Client, names: Names, changes: 
 
 def test_a_checkpoint_with_two_prompts_has_two_columns(client: Client, names: Names) -> None:
     experts = [{"checkpoint": names.expert, "prompt": text} for text in ("a house", "a fox")]
-    alone = [client.draw({"experts": [one], **ALONE}).pixels[0] for one in experts]
+    alone = [client.draw({"experts": [one], **PLAIN, **ALONE}).pixels[0] for one in experts]
     grid = client.draw({"experts": experts, "compare": True}).first
     height, width, _ = alone[0].shape
     for column, picture in zip((3, 2), alone, strict=True):  # from the right

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from tests.webui_live.client import PICTURE, Client, RefusedError, decode, expert
+from tests.webui_live.client import PICTURE, PLAIN, Client, RefusedError, decode, encode, expert
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import REPOSITORY, Host
 from tests.webui_live.test_requests import without_seconds
@@ -47,7 +48,8 @@ def plot(
 
 def test_cells(client: Client, names: Names) -> None:
     pictures, texts = plot(
-        client, ("[Fusion] Expert 1 checkpoint", f"None,{names.expert}.safetensors"), ("[Fusion] K expert", "1,40")
+        client, ("[Fusion] Expert 1 checkpoint", f"None,{names.expert}.safetensors"), ("[Fusion] K expert", "1,40"),
+        PLAIN,
     )
     off = client.draw()
     assert np.array_equal(pictures[0], off.pixels[0])
@@ -133,13 +135,36 @@ def test_aggregators_bring_their_method_and_experts(client: Client, names: Names
     pictures, texts = plot(client, ("[Fusion] Aggregator", aggregators), fusion=expert(names.expert, k_expert=2),
                            **changes)  # fmt: skip
     for picture, text, name in zip(pictures, texts, aggregators, strict=True):
-        single = client.draw({"method": "AFA", "afa_aggregator": name, "k_expert": 2}, **changes)
+        single = client.draw({"method": "AFA", "afa_aggregator": name, "k_expert": 2, **PLAIN}, **changes)
         assert np.array_equal(picture, single.pixels[0])
         assert without_seconds(text) == without_seconds(single.infotexts[0])
 
 
+def test_weights_places_and_the_guidance_interval(client: Client, names: Names) -> None:
+    """As single requests; an axis of places takes the place of a painted mask."""
+    mask = encode(Image.new("L", (64, 64), 255))
+    fusion = {**PLAIN, "experts": [{"checkpoint": names.expert, "place": "mask", "mask": mask}]}
+    weights, places = ("0.3", "1"), ("auto", "columns 1:1 2", "0,0,1,0.5")
+    text = ",".join(f'"{place}"' for place in places)
+    pictures, texts = plot(
+        client, ("[Fusion] Expert 1 weight", ",".join(weights)), ("[Fusion] Expert 1 place", text), fusion
+    )
+    cells = [(place, float(weight)) for place in places for weight in weights]
+    for picture, text, (place, weight) in zip(pictures, texts, cells, strict=True):
+        single = client.draw(expert(names.expert, place=place, weight=weight))
+        assert np.array_equal(picture, single.pixels[0]), (place, weight)
+        assert without_seconds(text) == without_seconds(single.infotexts[0])
+    pictures, texts = plot(
+        client, ("[Fusion] Guidance interval", "with experts,off"), ("[Fusion] Guidance after", "1,3"), fusion
+    )
+    for i, (after, guidance) in enumerate([(a, g) for a in (1, 3) for g in ("with experts", "off")]):
+        single = client.draw({**fusion, "guidance": guidance, "guidance_after": after})
+        assert np.array_equal(pictures[i], single.pixels[0]), (guidance, after)
+        assert without_seconds(texts[i]) == without_seconds(single.infotexts[0])
+
+
 WRONG = [
-    ("[Fusion] Preset", "mine", "preset: 'mine' is not allowed; allowed: MagicFusion"),
+    ("[Fusion] Preset", "mine", "preset: 'mine' is not allowed; allowed: Two experts: "),
     ("[Fusion] Aggregator", "nothing", "afa_aggregator: 'nothing' is not allowed; no such aggregator"),
     ("[Fusion] Expert 1 checkpoint", "nothing", "Expert 1 checkpoint: 'nothing' is not allowed"),
     ("[Fusion] Method", "SNB,Mask it", "Method: 'Mask it' is not allowed"),
@@ -162,7 +187,7 @@ def test_wrong_values_are_refused_before_the_grid(client: Client, host: Host, na
 def test_an_error_in_one_cell_leaves_the_others_right(client: Client, names: Names) -> None:
     client.draw(model=names.base)
     checkpoints = f"{names.expert}.safetensors,tiny_xl.safetensors,None"
-    pictures, texts = plot(client, ("[Fusion] Expert 1 checkpoint", checkpoints), ("[Fusion] K expert", "1,3"))
+    pictures, texts = plot(client, ("[Fusion] Expert 1 checkpoint", checkpoints), ("[Fusion] K expert", "1,3"), PLAIN)
     off = client.draw()
     for row, k in enumerate((1, 3)):
         single = client.draw(expert(names.expert, k_expert=k))
