@@ -501,3 +501,11 @@ def test_a_step_says_whether_its_models_are_in_lockstep() -> None:
     for t in (700, 500, 400):
         Step(s, Level(t, 0.5), Rows.plain(2), list(torch.zeros(2, 4, *SIZE)))
     assert begun == [(False, False), (True, False), (True, True)]
+
+
+def test_pictures_are_judged_one_by_one_unless_they_are_a_whole() -> None:
+    for options, needed in (({}, [0]), ({"whole": True}, [0, 1])):
+        policies = [EverySecond(0.0), EverySecond(0.0)]
+        policies[1].steps = 1  # skips the first
+        skips = Skips(FusionSettings(skipping="Forecast"), make=lambda _model, i, made=policies: made[i])
+        assert skips.needed(0, Level(500, 0.5), list(torch.zeros(2, 4, *SIZE)), **options) == needed
