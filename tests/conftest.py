@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
+# No time limit for an example: on a loaded machine the first one takes seconds.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
+
 LIVE = "tests/webui_live/"
 #: The live files of the second group, about half of the time; a file is never in both.
-SECOND_GROUP = ("test_afa", "test_browser", "test_extensions", "test_faults", "test_identity", "test_training")
+SECOND_GROUP = ("test_afa", "test_browser", "test_hires_button", "test_extensions", "test_faults", "test_identity", "test_training")
 
 
 def pytest_configure() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from modules import errors
 
-from lib_fusion.errors import FusionError, one_line
+from lib_fusion.errors import FusionError, SettingError, one_line
 from lib_fusion.fusion.records import Records
 from lib_fusion.requests.infotext import infotext_keys, write_infotext
 from lib_fusion.requests.request import read_args, values_of
@@ -72,6 +72,8 @@ def before(p: Any, args: Sequence[Any]) -> None:
     setattr(p, ATTRIBUTE, job)
     try:
         if COMPARE.read(values_of(args).get(COMPARE.key, False)) and not hasattr(p, compare.OVERRIDE):
+            if is_inside_script(p):
+                raise SettingError(COMPARE.key, True, "allowed: false, or no script chosen under Script")
             setattr(p, KEPT, compare.keep_request(p))
     except Exception as error:
         job.error = error
@@ -146,7 +148,17 @@ def end(p: Any, processed: Any) -> None:
     with _told_of(processed, "preview"):
         kinds = sampling.wanted_records().kinds
         if kinds and not hasattr(p, compare.OVERRIDE):
-            gallery.add_previews(p, processed, kinds, job.records, job.settings, job.names)
+            shown = not is_inside_script(p)
+            gallery.add_previews(p, processed, kinds, job.records, job.settings, job.names, shown)
+
+
+def is_inside_script(p: Any) -> bool:
+    """Whether one of the host's scripts (SD upscale, Prompt matrix, X/Y/Z plot ..) makes pictures of this request.
+
+    It counts and reads them by place, so nothing may be added to them.
+    """
+    chosen = (p.script_args or [0])[0]
+    return isinstance(chosen, int) and chosen > 0
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def test_alphas_between_timesteps():
 @pytest.mark.parametrize(
     ("fusion", "field"),
     [
-        (replace(ONE, method="Mask"), "method"),
+        (replace(ONE, experts=(ExpertSettings("expert", place="mask"),)), "place"),
         (FusionSettings(snb_outside="expert"), "snb_outside"),
         (FusionSettings(experts=(ExpertSettings("a"), ExpertSettings("b"))), "experts"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.webui_live.client import Client, Pictures, RefusedError, expert
 from tests.webui_live.conftest import Names
@@ -86,3 +87,18 @@ def test_hires_alone_counts_each_picture_apart(client: Client, names: Names) -> 
     drawn = client.draw(expert(names.expert, passes="hires"), n_iter=2, **HIRES)
     for text in drawn.infotexts:
         assert "base 4, expert 1 4" in text
+
+
+def test_nothing_is_added_to_a_scripts_pictures(client: Client, names: Names) -> None:
+    """Prompt matrix lays its pictures out by place; SD upscale takes them for tiles, and pastes them."""
+    fusion, matrix = expert(names.expert), {"script_name": "prompt matrix", "script_args": [
+        False, False, "positive", "comma", 0]}  # fmt: skip
+    plain = client.draw(fusion, prompt="a fox|red", **matrix)
+    with_masks = client.draw(fusion, prompt="a fox|red", settings=PREVIEW, **matrix)
+    assert len(plain.pixels) == 2
+    assert with_masks.same_as(plain)
+    with pytest.raises(RefusedError, match=r"compare: True is not allowed; allowed: false, or no script"):
+        client.draw({**fusion, "compare": True}, prompt="a fox|red", **matrix)
+    tiles = {"script_name": "sd upscale", "script_args": ["", 16, "Lanczos", 2.0], "width": 64, "height": 64,
+             "img2img": Image.new("RGB", (64, 64), "orange")}  # fmt: skip
+    assert client.draw(fusion, settings=PREVIEW, **tiles).same_as(client.draw(fusion, **tiles))

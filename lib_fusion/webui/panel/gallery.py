@@ -14,10 +14,10 @@ from lib_fusion.requests.settings import FusionSettings
 
 
 def add_previews(p: Any, processed: Any, kinds: Collection[str], batches: list[Records], settings: FusionSettings,
-                 names: list[str]) -> None:  # fmt: skip
+                 names: list[str], shown: bool = True) -> None:  # fmt: skip
     """Previews of these kinds after each picture (and what the host itself has put after it).
 
-    ``batches``: the records of each; ``names``: the experts' checkpoints.
+    ``batches``: the records of each; ``names``: the experts' checkpoints. Not ``shown``, they are only saved.
     """
     first = processed.index_of_first_image
     pictures = min(len(processed.infotexts) - first, len(batches) * p.batch_size)
@@ -31,6 +31,8 @@ def add_previews(p: Any, processed: Any, kinds: Collection[str], batches: list[R
             if p.save_samples():
                 images.save_image(image, p.outpath_samples, "", p.all_seeds[i], p.all_prompts[i],
                                   shared.opts.samples_format, info=text, p=p, suffix=f"-fusion-{kind}")  # fmt: skip
+            if not shown:
+                continue
             processed.images.insert(first + (i + 1) * each, image)
             if each == 1:  # the gallery finds a picture's text by its place
                 processed.infotexts.insert(first + i + 1, text)
