@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.webui_live.client import PICTURE, Client, expert
+from tests.webui_live.client import PICTURE, Client
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import Host
 from tests.webui_live.test_lifecycle import reload_ui
@@ -253,7 +253,8 @@ def test_three_by_three(page: Any, client: Client, names: Names) -> None:
     page.wait_for_function(f"{SHOWN} == 10")
     sources = page.evaluate("[...new Set([...document.querySelectorAll('#txt2img_gallery img')].map(i => i.src))]")
     images = [Image.open(io.BytesIO(page.request.get(source).body())) for source in sources[-9:]]
-    fusion = expert(names.expert, afa_maps="uniform", skipping="Forecast", skip_warmup=3)
+    experts = [{"checkpoint": names.expert}]
+    fusion = {"experts": experts, "afa_maps": "uniform", "skipping": "Forecast", "skip_warmup": 3}
     cells = [(tolerance, method) for tolerance in (0, 0.15, 10) for method in ("SNB", "Average", "AFA")]
     for image, (tolerance, method) in zip(images, cells, strict=True):
         single = client.draw({**fusion, "method": method, "skip_tolerance": tolerance}, steps=8)
@@ -336,7 +337,7 @@ def test_by_keyboard(page: Any, client: Client, names: Names) -> None:
     """Tab reaches the folds, which open by key, and hidden controls are passed over."""
     enable(page, names.expert)
     panel = PANEL.format(tab="txt2img")
-    fold = page.locator(f"{panel}_expert2 .label-wrap")
+    fold = page.locator(f"{panel}_expert2 .label-wrap").first
     fold.focus()
     page.keyboard.press("Enter")
     page.locator(f"{panel}_expert2_prompt textarea").wait_for(state="visible")
@@ -372,14 +373,20 @@ def take_screenshot(browser: Any, host: Host, names: Names, theme: str) -> None:
     prepare(page, "a fox left of a tractor, flat drawing", 30, width=256)
     set_number(page, "#txt2img_cfg_scale", 4)
     enable(page, names.other)
-    choose(page, f"{PANEL.format(tab='txt2img')}_preset", "Held mask")
-    page.locator(f"{PANEL.format(tab='txt2img')}_preset_apply").click()
+    panel = PANEL.format(tab="txt2img")
     page.wait_for_timeout(SECONDS)
     generate(page)
     page.locator("#txt2img_generate").get_by_text("Generate").wait_for(state="visible")
     page.wait_for_timeout(SECONDS)
-    if theme == "dark":
-        page.locator(f"{PANEL.format(tab='txt2img')}_tabs button", has_text="Blend").click()
+    if theme == "light":
+        page.locator(f"{panel}_expert1_where .label-wrap").first.click()
+        page.locator(f"{panel}_expert1_place_painted").click()
+        page.locator(f"{panel}_expert1_canvas_use").click()
+        paint(page, panel, left=0.53, width=0.42, strokes=25)
+        generate(page)
+        page.wait_for_timeout(SECONDS)
+    else:
+        open_tab(page, "Blend")
     shoot(page, host, theme)
     close_page(page)
 
@@ -419,16 +426,16 @@ def place_of(page: Any, panel: str) -> str:
     return page.locator(f"{panel}_expert1_place").locator("textarea, input").first.input_value()
 
 
-def paint(page: Any, panel: str) -> None:
-    """A zigzag down the right third of the first expert's canvas, by mouse."""
+def paint(page: Any, panel: str, left: float = 0.7, width: float = 0.2, strokes: int = 9) -> None:
+    """A zigzag down the right side of the first expert's canvas, by mouse; the more strokes the fuller."""
     canvas = page.locator(f"{panel}_expert1_canvas canvas").first
     canvas.wait_for(state="visible")
     page.locator(f"{panel}_expert1_canvas").scroll_into_view_if_needed()
     page.wait_for_timeout(SECONDS)
     box = canvas.bounding_box()
-    for i in range(9):
-        page.mouse.move(box["x"] + box["width"] * (0.7 + 0.2 * (i % 2)),
-                        box["y"] + box["height"] * (0.1 + 0.1 * i), steps=4)  # fmt: skip
+    for i in range(strokes):
+        page.mouse.move(box["x"] + box["width"] * (left + width * (i % 2)),
+                        box["y"] + box["height"] * (0.1 + 0.8 * i / (strokes - 1)), steps=4)  # fmt: skip
         if i == 0:
             page.mouse.down()
     page.mouse.up()
