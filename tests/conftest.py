@@ -14,7 +14,8 @@ hypothesis.settings.load_profile("tests")
 
 LIVE = "tests/webui_live/"
 #: The live files of the second group, about half of the time; a file is never in both.
-SECOND_GROUP = ("test_afa", "test_browser", "test_hires_button", "test_extensions", "test_faults", "test_identity", "test_training")
+SECOND_GROUP = ("test_afa", "test_browser", "test_hires_button", "test_extensions", "test_faults", "test_identity",
+                "test_training")  # fmt: skip
 
 
 def pytest_configure() -> None:

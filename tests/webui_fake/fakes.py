@@ -190,7 +190,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     here = globals()
     contents: dict[str, dict[str, Any]] = {
         "devices": {"device": torch.device("cpu"), "cpu": torch.device("cpu"), "dtype_unet": torch.float32},
-        "shared": {"opts": options, "sd_model": None, "OptionInfo": OptionInfo},
+        "shared": {"opts": options, "sd_model": None, "OptionInfo": OptionInfo,
+                   "state": SimpleNamespace(interrupted=False, skipped=False)},
         "sd_models": {"checkpoint_aliases": {}, "checkpoints_list": {}},
         "sd_unet": {"current_unet": None},
         "sd_hijack": {"model_hijack": SimpleNamespace(circular_enabled=False)},

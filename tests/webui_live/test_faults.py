@@ -130,8 +130,8 @@ def safetensors(shapes: dict[str, list[int]], prefix: str = "model.diffusion_mod
 
 def test_expert_file_is_deleted_while_it_is_loaded(client: Client, victim: Path, unhurt: None) -> None:
     whole, fusion = victim.read_bytes(), expert("victim")
-    for target in ("webui.experts:read_weights", "webui.experts:check_fits", "webui.launch:prepare"):
-        with Inject(client, f"lib_fusion.{target}", "delete", file=str(victim)):
+    for target in (L + "experts:read_weights", L + "experts:check_fits", S + "launch:prepare"):
+        with Inject(client, target, "delete", file=str(victim)):
             fails(client, fusion, "victim.safetensors.*no such file")
         victim.write_bytes(whole)
     assert small(client, fusion).pixels
@@ -290,8 +290,8 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
     *[(f"lib_fusion.fusion.{name}", call, TWO, {}) for call in (1, 3) for name in (
         "session:FusionSession.using_freeu", "session:FusionSession.count", "session:FusionSession.watch",
         "session:FusionSession.check_finite", "blend:Blend.models_at", "blend:Blend.in_lockstep", "blend:Blend.fuse",
-        "blend:Blend._decide", "step:Step.__init__", "step:Step.run", "step:Step.observe", "step:Step.fuse",
-        "step:Step._predict", "rows:Rows.combine")],
+        "blend:Blend._log_maps", "blend:Blend._place", "step:Step.__init__", "step:Step.run", "step:Step.observe",
+        "step:Step.fuse", "step:Step._predict", "rows:Rows.combine")],
     (S + "contexts:Context.slice", 2, TWO, {}),
     (S + "host_step:moved", 2, TWO, {"settings": {"denoiser_fusion_place": "RAM between U-Net calls"}}),
     # AFA's hooks

@@ -111,7 +111,8 @@ class FusionPass:
         """After the last step: raises the error that was not raised yet, and checks that all has acted."""
         if self._failure is not None:
             raise self._failure
-        if self.session.schedule.steps > 0 and not any(self.session.calls) and not self.refined:
+        stopped = shared.state.interrupted or shared.state.skipped
+        if self.session.schedule.steps > 0 and not (any(self.session.calls) or self.refined or stopped):
             raise FusionError("Denoiser Fusion could not act: this WebUI, or an extension, runs its model elsewhere")
         self.check_finite()
         self.session.check_acted()
