@@ -72,13 +72,14 @@ def last_mask(picture: Drawn) -> Image.Image:
     return mask.resize(picture.image.size, Image.Resampling.NEAREST)
 
 
-def over_scenes(studio: Studio, name: str, title: str, note: str, columns: dict[str, dict]) -> None:
+def over_scenes(studio: Studio, name: str, title: str, note: str, columns: dict[str, dict],
+                with_masks: bool = True) -> None:  # fmt: skip
     """Two scenes, a column for each of some settings; SNB's last mask under each picture, where all have one."""
     rows = []
     for scene, caption in enumerate(SCENES):
         drawn = [studio.draw(scene, ["masks"], **values) for values in columns.values()]
         rows.append((f"{caption}  (base: animals, expert: vehicles)", [picture.image for picture in drawn]))
-        if all(picture.records.masks for picture in drawn):
+        if with_masks and all(picture.records.masks for picture in drawn):
             rows.append(("the last mask", [last_mask(picture) for picture in drawn]))
     write(rows, list(columns), name, title, note)
 
@@ -115,11 +116,11 @@ def draw_from(studio: Studio) -> None:
 def draw_guidance(studio: Studio) -> None:
     rule = {"snb_hold": HOLD, "snb_from": 300}
     columns: dict[str, dict] = {"off": rule}
-    for until, after in ((300, 2), (500, 3), (500, 2), (500, 1), (800, 2)):
+    for until, after in ((300, 2), (500, 3), (500, 2), (400, 1), (800, 2)):
         interval = {"guidance": "always", "guidance_until": until, "guidance_after": after}
         columns[f"{after} below {until}"] = {**rule, **interval}
     over_scenes(studio, "guidance", f"Guidance interval: CFG {CFG_SCALE:g}, and a smaller scale below a timestep",
-                "Mask hold 900, mask from 300.", columns)  # fmt: skip
+                "Mask hold 900, mask from 300.", columns, with_masks=False)  # fmt: skip
 
 
 def draw_saliency(studio: Studio) -> None:

@@ -40,20 +40,21 @@ def rules() -> dict[str, tuple[tuple[str, ...], FusionSettings]]:
 
     afa = {"method": "AFA", "afa_aggregator": str(FOLDER / "afa-animals-vehicles.safetensors"), **AVERAGE_FIRST}
     mask = placed(paper("vehicles"))
-    lower = {"guidance": "with experts"}
+    lower = {"guidance": "with experts", "guidance_until": 500, "guidance_after": 2}
     return {
         HELD: (TWO, paper("vehicles", snb_hold=900)),
         "default": (TWO, default(TWO)),
         "default, one guidance scale": (TWO, default(TWO, guidance="off")),
+        "default, guidance 2 below 500": (TWO, default(TWO, **lower)),
         "general + two: default, divergence": (ALL, default(ALL, snb_saliency="divergence")),
-        "held at once, lower guidance": (TWO, paper("vehicles", snb_hold=900, **lower)),
+        "general + two: divergence, guidance 2 below 500": (ALL, default(ALL, snb_saliency="divergence", **lower)),
+        "held at once, guidance 2 below 500": (TWO, paper("vehicles", snb_hold=900, **lower)),
         "SNB (paper)": (TWO, paper("vehicles")),
         "average": (TWO, paper("vehicles", method="Average")),
-        "default, guidance 1": (TWO, default(TWO, guidance_after=1)),
         "right mask": (TWO, mask),
-        "right mask, lower guidance": (TWO, replace(mask, **lower)),
+        "right mask, guidance 2 below 500": (TWO, replace(mask, **lower)),
         "average, then AFA": (TWO, paper("vehicles", **afa)),
-        "average, then AFA, lower guidance": (TWO, paper("vehicles", **afa, **lower)),
+        "average, then AFA, guidance 2 below 500": (TWO, paper("vehicles", **afa, **lower)),
         "three experts: default": (THREE, default(THREE)),
         "general + one: default": (GENERAL, default(GENERAL)),
         "general + one: default, code": (GENERAL, default(GENERAL, snb_saliency="code")),

@@ -191,9 +191,9 @@ class FusionSettings:
         "When the guidance is lowered late in the pass: in pictures with experts, in all pictures, or never.",
         choices=("with experts", "always", "off"), earlier="off")
     guidance_until: float = row(
-        500.0, "guidance until", "Below this timestep the guidance is lowered.", low=0, high=TIMESTEPS, step=10)
+        400.0, "guidance until", "Below this timestep the guidance is lowered.", low=0, high=TIMESTEPS, step=10)
     guidance_after: float = row(
-        2.0, "guidance after",
+        1.0, "guidance after",
         "The guidance scale below that timestep, if it is less than the picture's. At 1 the unconditional halves are "
         "not computed, which saves half of the time there.",
         low=1, high=30, step=0.5)

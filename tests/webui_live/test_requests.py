@@ -44,9 +44,10 @@ def test_text_encoder_that_is_not_there(client: Client) -> None:
     assert client.draw(expert("tiny_unet", text_encoder="base"), model="tiny_a").pixels
 
 
-def test_more_than_one_argument_is_refused(client: Client) -> None:
-    with pytest.raises(RefusedError, match="args: "):
-        client.draw(args=[expert("tiny_b"), 5])
+def test_more_than_one_object_is_refused(client: Client) -> None:
+    for more in ([expert("tiny_c")], [True, expert("tiny_c")]):
+        with pytest.raises(RefusedError, match="422: args: .*; allowed: one object of settings"):
+            client.draw(args=[expert("tiny_b"), *more], model="tiny_a")
 
 
 def test_another_unet_engine_is_refused(client: Client, names: Names) -> None:
