@@ -290,8 +290,9 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
     *[(f"lib_fusion.fusion.{name}", call, TWO, {}) for call in (1, 3) for name in (
         "session:FusionSession.using_freeu", "session:FusionSession.count", "session:FusionSession.watch",
         "session:FusionSession.check_finite", "blend:Blend.models_at", "blend:Blend.in_lockstep", "blend:Blend.fuse",
-        "blend:Blend._log_maps", "blend:Blend._place", "step:Step.__init__", "step:Step.run", "step:Step.observe",
+        "blend:Blend._place", "step:Step.__init__", "step:Step.run", "step:Step.observe",
         "step:Step.fuse", "step:Step._predict", "rows:Rows.combine")],
+    *[("lib_fusion.fusion.blend:Blend._log_maps", call, TWO, {}) for call in (1, 2)],  # until the mask is held
     (S + "contexts:Context.slice", 2, TWO, {}),
     (S + "host_step:moved", 2, TWO, {"settings": {"denoiser_fusion_place": "RAM between U-Net calls"}}),
     # AFA's hooks
