@@ -46,7 +46,7 @@ def test_text_encoder_that_is_not_there(client: Client) -> None:
 
 def test_more_than_one_object_is_refused(client: Client) -> None:
     for more in ([expert("tiny_c")], [True, expert("tiny_c")]):
-        with pytest.raises(RefusedError, match="422: args: .*; allowed: one object of settings"):
+        with pytest.raises(RefusedError, match=r"422: args: .*; allowed: one object of settings"):
             client.draw(args=[expert("tiny_b"), *more], model="tiny_a")
 
 
