@@ -23,7 +23,7 @@ MODEL_COLOURS = ((47, 62, 92), (242, 169, 59), (74, 163, 150), (201, 84, 110))
 FRAMES = 4
 #: The least width of a plot, and the greatest side of an attention map, in pixels.
 PLOT_WIDTH, MAP_SIDE = 640, 192
-#: How many times above and below its limit an estimate is told apart.
+#: How many times above and below its limit the plot of an estimate reaches.
 RANGE = 30
 _PAPER, _INK, _FAINT, _GAP = (250, 250, 250), (40, 40, 40), (205, 205, 205), 8
 
@@ -94,7 +94,7 @@ def skip_timeline(
     """Which steps ran which model, and why: below each step, what the policy had estimated, and its limit.
 
     ``skips``: for each step {model: (mark, estimate or None)}, as in PictureRecords. A full box: the model was run.
-    A hollow one: its noise was told from before. A line: its noise was of no use at this step.
+    A hollow one: its noise was forecast. A line: its noise was of no use at this step.
     """
     letters, line = font(size), size * 3 // 2
     counts = [[mark for step in skips for model, (mark, _) in step.items() if model == i] for i in range(len(models))]

@@ -79,7 +79,7 @@ def load_model(
 def clip_folder(path: Path) -> Path | str:
     """The CLIP folder that the checkpoint's .yaml names as ``version``, else SD1's.
 
-    A relative folder is looked for from the working directory, then, by its last parts, beside the checkpoint.
+    A relative folder is looked for from the working directory, then, by its last part, in the checkpoint's folder.
     """
     config = path.with_suffix(".yaml")
     text = config.read_text("utf-8") if config.is_file() else ""

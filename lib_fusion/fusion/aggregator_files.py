@@ -43,7 +43,7 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class Card:
-    """What a file is for. ``training``: data, steps, losses and whatever else is known of how it came about."""
+    """The models that a file belongs to. ``training``: data, steps, losses and other facts of its training."""
 
     architecture: str
     prediction: str
@@ -134,7 +134,7 @@ def load_aggregators(
     wanted = {key: tuple(value.shape) for key, value in aggregators.state_dict().items()}
     if wanted != dict(file.shapes):
         wrong = sorted(key for key in wanted.keys() | file.shapes.keys() if wanted.get(key) != file.shapes.get(key))
-        raise CheckpointError(f"{path}: {len(wrong)} tensors are not those that its card tells of, such as {wrong[0]}")
+        raise CheckpointError(f"{path}: {len(wrong)} tensors are not those that its card lists, such as {wrong[0]}")
     tensors = file.read("", dtype)
     broken = [key for key, value in tensors.items() if not value.is_floating_point() or not value.isfinite().all()]
     if broken:
@@ -213,7 +213,7 @@ def convert_official(
     """Card and tensors of aggregators that the official code has saved, for checkpoints in the order of its models.
 
     ``source``: the folder with ``aggregator_0``, ``aggregator_1`` .., or one ``.safetensors`` of the whole list.
-    ``heads`` can't be seen in the tensors: the folder's config.json tells them, else 8 as in the code.
+    ``heads`` can't be seen in the tensors: they are in the folder's config.json, else 8 as in the code.
     """
     source = Path(source)
     tensors, told_heads = _read_official(source)
@@ -250,7 +250,7 @@ def convert_official(
 
 
 def _read_official(source: Path) -> tuple[dict[str, torch.Tensor], int | None]:
-    """{``POINT.NAME``: tensor}, and the heads where a config.json tells them."""
+    """{``POINT.NAME``: tensor}, and the heads where a config.json has them."""
     if source.is_file():
         tensors = Checkpoint.open(source).read("")
         return {key.removeprefix("aggregators."): value for key, value in tensors.items()}, None

@@ -1,7 +1,7 @@
 """Runs N U-Nets in lockstep, block by block, by module hooks on the first one: what AFA's aggregators need.
 
 At every block of the base U-Net, each expert's same block runs on the same input, and the aggregate of all outputs is
-what the base's own forward carries on, and stores as skip. So whatever that forward adds between blocks (ControlNet's
+what the base's own forward continues with, and stores as skip. So what that forward adds between blocks (ControlNet's
 residuals) reaches the aggregate once. After the last decoder block nothing is aggregated: each model's own ``out``
 turns its own features into a prediction, and the predictions are aggregated (as in the official code).
 """

@@ -149,7 +149,7 @@ class FusionSession:
         """Around a U-Net call of a model: lets FreeU act in it as far as the settings say.
 
         The strength goes by the noise level, not by counted calls, so samplers that call twice in a step get the same;
-        and by the model, so two that share one U-Net are told apart.
+        and by the model, so two that share one U-Net are distinguished.
         """
         s = self.settings
         if not self.freeu or s.freeu_models == ("experts" if model == BASE else "base"):

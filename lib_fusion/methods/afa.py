@@ -2,7 +2,7 @@
 
 Wang et al., "Ensembling Diffusion Models via Adaptive Feature Aggregation" (ICLR 2025, arXiv 2405.17082). At each point
 of the U-Net an aggregator looks at all models' features, the time and the text, and gives each model a weight at each
-position; the weighted sum is what every model goes on with. Sizes and initialisation are those of the official code
+position; every model continues with the weighted sum. Sizes and initialisation are those of the official code
 (Tenvence/afa); tensor names are diffusers', so that its weights fit. Pure tensor code.
 """
 

@@ -1,4 +1,4 @@
-"""FreeU (Si et al., "FreeU: Free Lunch in Diffusion U-Net", CVPR 2024): the decoder's two inputs, weighed anew.
+"""FreeU (Si et al., "FreeU: Free Lunch in Diffusion U-Net", CVPR 2024): the decoder's two inputs, re-weighted.
 
 A decoder block is given ``[h | skip]``: the backbone's features so far, and those that an encoder block has stored.
 

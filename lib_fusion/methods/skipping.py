@@ -1,4 +1,4 @@
-"""Adaptive skipping: the U-Net is left out where its noise can be told from before; the sampler takes every step.
+"""Adaptive skipping: U-Net calls are left out where their noise can be forecast; the sampler takes every step.
 
 ``ThirdOrderEstimator`` is AdaptiveDiffusion's rule (Ye et al., "Training-free Adaptive Diffusion with Bounded
 Difference Approximation Strategy", NeurIPS 2024): it watches the latents, and the last noise is used again.

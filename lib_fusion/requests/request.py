@@ -23,7 +23,7 @@ from lib_fusion.requests.settings import (
     FusionSettings,
 )
 
-#: A plot's axis for a whole preset, beside the fields' elements.
+#: A plot's axis for a whole preset, in addition to the fields' elements.
 PRESET = "preset"
 #: The controls of a window, and the axes for one end of it.
 WINDOW_ENDS = ("start", "end")

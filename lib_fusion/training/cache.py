@@ -28,7 +28,7 @@ INDEX, EMPTY = "index.json", "empty.safetensors"
 
 
 class Text(NamedTuple):
-    """What one model is told of B captions: ``states`` (B,T,D), for SDXL also ``pooled`` (B,P). Of one, without B."""
+    """One model's conditioning of B captions: ``states`` (B,T,D), for SDXL also ``pooled`` (B,P). Of one, without B."""
 
     states: torch.Tensor
     pooled: torch.Tensor | None = None
@@ -58,7 +58,7 @@ class Encoders(Protocol):
         """(3,H,W) in -1..1 -> latent (C,H/8,W/8), scaled as the U-Nets expect it."""
 
     def encode_texts(self, texts: Sequence[str]) -> list[Text]:
-        """What each model is told of B captions."""
+        """Each model's conditioning of B captions."""
 
 
 def encoder_identity(files: Sequence[Checkpoint], vae: Checkpoint) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def encoder_identity(files: Sequence[Checkpoint], vae: Checkpoint) -> dict[str, 
 
 
 def text_hashes(files: Sequence[Checkpoint]) -> list[str]:
-    """What tells each model's text encoders from others; raises FusionError where the models are of several kinds."""
+    """The identity of each model's text encoders; raises FusionError where the models are of several kinds."""
     if len({file.kind for file in files}) > 1:
         problem = ", ".join(f"{file.path.stem} {file.kind}" for file in files)
         raise FusionError(f"the models are of several kinds ({problem}); allowed: models of one kind")
@@ -149,7 +149,7 @@ def _encodable(
     pictures: Iterable[Captioned | PictureError], done: set[str], resolution: int, skipped: list[str],
     tell: Callable[[str], None],
 ) -> Iterable[tuple[Captioned, torch.Tensor]]:  # fmt: skip
-    """The pictures that are new and can be read; the others are told of."""
+    """The pictures that are new and can be read; the others are reported."""
     for picture in pictures:
         if isinstance(picture, PictureError):
             error = picture
@@ -221,7 +221,7 @@ class Cache:
         self._open: dict[Path, Any] = {}
 
     def read(self, entry: Entry) -> tuple[torch.Tensor, list[Text]]:
-        """Latent (C,h,w) and what each model is told of the caption."""
+        """Latent (C,h,w) and each model's conditioning of the caption."""
         if entry.shard not in self._open:
             self._open[entry.shard] = safe_open(entry.shard, framework="pt")
         file = self._open[entry.shard]

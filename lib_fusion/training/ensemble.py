@@ -29,7 +29,7 @@ def alphas_cumprod() -> torch.Tensor:
 
 
 class Ensemble(nn.Module):
-    """U-Nets in lockstep. Only the aggregators are its parameters: the U-Nets are frozen, and held beside it."""
+    """U-Nets in lockstep. Only the aggregators are its parameters: the U-Nets are frozen and kept outside it."""
 
     def __init__(self, unets: Sequence[UNet], aggregators: nn.Module) -> None:
         super().__init__()
@@ -39,9 +39,9 @@ class Ensemble(nn.Module):
         self.hooks = self.lockstep.attach()
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, texts: Sequence[Text]) -> torch.Tensor:
-        """The prediction (B,C,H,W) for noisy latents at ``timesteps`` (B,), with what each model is told of B captions.
+        """The prediction (B,C,H,W) for noisy latents at ``timesteps`` (B,), with each model's conditioning (B captions).
 
-        SDXL is also told the pictures' size, which is that of the latents.
+        SDXL's conditioning also has the pictures' size, which is that of the latents.
         """
         contexts = [text.states for text in texts]
         height, width = (PIXELS * size for size in x.shape[-2:])

@@ -55,7 +55,7 @@ class Job:
 class Status:
     """``phase``: running, finished, failed, stopped (by a person), or lost (ended without a word).
 
-    ``rows`` are the log's: (step, loss, learning rate, seconds). ``saved``: the step that a training goes on from.
+    ``rows`` are the log's: (step, loss, learning rate, seconds). ``saved``: the step that a training resumes from.
     """
 
     name: str
@@ -102,7 +102,7 @@ class Jobs:
         return next((name for name in self.names() if self._process(name) is not None), None)
 
     def check(self, job: Job) -> None:
-        """Refuses what can't be started, or can't go on; raises SettingError."""
+        """Refuses a job that can't be started or resumed; raises SettingError."""
         folder = self.of(job.name)
         if (running := self.running()) is not None:
             raise SettingError("name", job.name, f"{running} is being trained; allowed: one training at a time")
@@ -121,7 +121,7 @@ class Jobs:
             raise SettingError("name", job.name, f"{problem}; allowed: the same to go on, or another name")
 
     def start(self, job: Job) -> None:
-        """Starts a process for a job, or one that goes on with it; raises FusionError where it can't."""
+        """Starts or resumes a job in a process of its own; raises FusionError where it can't."""
         with self._lock:
             self.check(job)
             folder = self.of(job.name)
@@ -148,7 +148,7 @@ class Jobs:
             )  # fmt: skip
 
     def stop(self, name: str) -> bool:
-        """Ends a job's process; whether there was one. What is saved stays, and starting the job again goes on."""
+        """Ends a job's process; whether there was one. The saved state stays; starting the job again resumes it."""
         with self._lock:
             process = self._process(name)
             if process is None:

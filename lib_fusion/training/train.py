@@ -31,7 +31,7 @@ from lib_fusion.training.options import CHANGEABLE, TrainingSettings
 
 LOG, STATE = "log.csv", "state.pt"
 COLUMNS = ("step", "loss", "learning_rate", "seconds")
-#: Losses that the mean told to people, and kept in the file's card, is taken over.
+#: How many losses the mean shown to people and kept in the file's card covers.
 WINDOW = 100
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -66,10 +66,10 @@ def train(
     folder: str | Path, checkpoints: Sequence[str | Path], out: str | Path, settings: TrainingSettings,
     device: str | torch.device = "cpu", tell: Callable[[str], None] = lambda _: None, init: str | Path | None = None,
 ) -> Card:  # fmt: skip
-    """Trains on the cache in ``folder`` and writes the aggregator file ``out``; beside it, ``out``.run is kept.
+    """Trains on the cache in ``folder`` and writes the aggregator file ``out``; ``out``.run is kept in the same folder.
 
     ``init``: an aggregator file of the same sizes to begin with, also one of other models. A run whose folder is there
-    goes on where its last state was saved, also to more steps than before. Raises FusionError where it can't.
+    resumes from its last saved state, also to more steps than before. Raises FusionError where it can't.
     """
     s, out = settings, Path(out)
     if out.suffix != ".safetensors":
@@ -230,7 +230,7 @@ class TrainingRun:
 
     def close(self) -> None:
         if self.rank == 0:
-            with suppress(OSError):  # told already where the disk is full
+            with suppress(OSError):  # reported already where the disk is full
                 self._log.close()
             if self._board is not None:
                 self._board.close()

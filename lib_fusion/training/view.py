@@ -23,7 +23,7 @@ STAGES = {
 }
 #: Of the picture of losses, in its own units; points of a line.
 WIDTH, HEIGHT, LEFT, BOTTOM, POINTS = 640, 240, 52, 34, 320
-#: Steps by which the time that is left is told.
+#: Steps that the time left is estimated from.
 RECENT = 50
 
 

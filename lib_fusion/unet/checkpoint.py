@@ -1,6 +1,6 @@
 """Reading checkpoints in the original Stable Diffusion format, part by part, from ``.safetensors`` only.
 
-A file's kind is told from its tensors' names and shapes; nothing is read but its header until a part is asked for.
+A file's kind follows from its tensors' names and shapes; only its header is read until a part is asked for.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Checkpoint:
 
     @cached_property
     def prediction(self) -> str:
-        """``v`` where the file or the .yaml beside it says so, else ``epsilon``."""
+        """``v`` where the file or its .yaml says so, else ``epsilon``."""
         says = self.metadata.get("modelspec.prediction_type") or self.metadata.get("prediction_type") or ""
         if says:
             return "v" if says.lower().startswith("v") else "epsilon"

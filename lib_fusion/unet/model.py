@@ -31,7 +31,7 @@ HEAD_CHANNELS = 64
 
 
 class UNet(nn.Module):
-    """An LDM U-Net of whatever sizes ``shapes`` (state-dict names without prefix -> shapes) says.
+    """An LDM U-Net of the sizes that ``shapes`` (state-dict names without prefix -> shapes) says.
 
     Raises CheckpointError where a tensor has no place in the architecture.
     """

@@ -1,4 +1,4 @@
-"""The vector that SDXL's U-Net takes beside its text states: the pooled text, and sizes in pixels.
+"""The vector that SDXL's U-Net takes in addition to its text states: the pooled text, and sizes in pixels.
 
 Podell et al., "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis" (2023), section 2.2,
 micro-conditioning.

@@ -26,7 +26,7 @@ from lib_fusion.webui.sampling import launch
 ATTRIBUTE = "_denoiser_fusion"
 #: On a request that is to be compared: what it was before the host changed it.
 KEPT = "_denoiser_fusion_kept"
-#: A request's error until it is read: the host goes on after whatever its scripts raise.
+#: A request's error until it is read: the host continues after any error of its scripts.
 UNREAD = FusionError("Denoiser Fusion could not read the request; the console says why")
 
 
@@ -80,7 +80,7 @@ def before(p: Any, args: Sequence[Any]) -> None:
 
 
 def begin(p: Any, args: Sequence[Any]) -> None:
-    """Reads the request and writes its infotext. Never raises: the host would go on without the effect."""
+    """Reads the request and writes its infotext. Never raises: the host would continue without the effect."""
     job: Request = p.__dict__.setdefault(ATTRIBUTE, Request())
     earlier, params = job.settings or job.before, p.extra_generation_params
     try:
@@ -163,7 +163,7 @@ def is_inside_script(p: Any) -> bool:
 
 @contextmanager
 def _told_of(processed: Any, what: str) -> Iterator[None]:
-    """Pictures are there already: where something beside them can't be made or saved, they stay, and a line says so."""
+    """The pictures exist already: where an extra can't be made or saved, they stay, and a line says so."""
     try:
         yield
     except Exception as error:

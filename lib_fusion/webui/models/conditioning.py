@@ -1,4 +1,4 @@
-"""What an expert is told: its prompts through its own text encoder, or the base's, as the host would read them.
+"""An expert's conditioning: its prompts through its own text encoder, or the base's, as the host would read them.
 
 An own encoder (``encoders.py``) is the host's conditioner with the expert's weights, so emphasis, prompt editing,
 BREAK, AND, embeddings and clip skip work as they do for the base, and the base's encoder is never touched.

@@ -235,7 +235,7 @@ def check_other_kind(shapes: Shapes, kind: str, setting: ExpertSettings, base: S
 
 
 def config_of(info: Any, kind: str, sd_model: nn.Module) -> Any:
-    """The configuration beside the file, or else the host's guess, which for SD2 runs a U-Net."""
+    """The .yaml next to the file, or else the host's guess, which for SD2 runs a U-Net."""
     path = sd_models_config.find_checkpoint_config_near_filename(info)
     if path is None:
         base = kind_of_model(sd_model)  # one that predicts v has a configuration of its own, which says so
@@ -322,7 +322,7 @@ def load_unet(info: Any) -> nn.Module:
 
 @contextmanager
 def built_as_told(info: Any) -> Iterator[None]:
-    """A .yaml beside a checkpoint can say anything; whatever the host makes of it is told with the file's name."""
+    """A checkpoint's .yaml can say anything; errors that the host raises for it are reported with the file's name."""
     try:
         yield
     except (FusionError, MemoryError):

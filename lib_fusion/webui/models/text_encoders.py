@@ -1,6 +1,6 @@
 """An expert's own text encoder: the host's conditioner with the expert's weights in it.
 
-Beside a base of the same kind it is a structural clone of the base's; beside one of another kind it is built from the
+With a base of the same kind it is a structural clone of the base's; with one of another kind it is built from the
 expert's own configuration. Neither changes any state of the host.
 """
 

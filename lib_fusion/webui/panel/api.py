@@ -1,4 +1,4 @@
-"""Routes beside the host's own API."""
+"""Routes that the extension adds to the host's API."""
 
 from __future__ import annotations
 

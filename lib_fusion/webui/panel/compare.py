@@ -1,4 +1,4 @@
-"""The comparison: the base and every expert alone beside their fusion, with the same seeds, in one labelled grid.
+"""The comparison: the base and every expert alone next to their fusion, with the same seeds, in one labelled grid.
 
 It runs after a generation, as generations of its own from a copy of the request as the host had it first, so that all
 that the host and other extensions do happens to each.
@@ -15,7 +15,7 @@ from modules import images, processing, shared
 
 from lib_fusion.requests.settings import FusionSettings
 
-#: On a request: the settings to use whatever its arguments say; None is off.
+#: On a request: the settings that replace its arguments; None is off.
 OVERRIDE = "_denoiser_fusion_override"
 
 

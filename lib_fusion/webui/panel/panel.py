@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-# Modules, not names from them: a UI reload makes the host's UI classes anew.
+# Modules, not names from them: a UI reload creates the host's UI classes again.
 from modules import call_queue, infotext_utils, paths, sd_models, shared, ui_common, ui_components
 
 from lib_fusion.errors import FusionError
@@ -230,7 +230,7 @@ def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_i
 
 
 def build_freeu(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
-    """The choice of factors; a line that tells published ones, or the controls for one's own, a row for each stage."""
+    """The choice of factors; a line with the published ones, or the controls for one's own, a row for each stage."""
     with gr.Row():
         place("freeu", "freeu_version")
     told = gr.HTML(elem_id=elem_id("freeu_told"), elem_classes=["denoiser-fusion-told"])
@@ -287,7 +287,7 @@ def build_skipping(place: Callable[..., None], controls: dict[str, list[Any]], e
 
 
 def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
-    """Apply, save, delete and refresh; whatever goes wrong is told in a line under the list."""
+    """Apply, save, delete and refresh; errors appear in a line under the list."""
     store = presets.Presets(Path(paths.data_path) / presets.FILE)
     with gr.Row(elem_classes=["denoiser-fusion-row"]):
         chosen = ui_components.DropdownEditable(

@@ -45,7 +45,7 @@ def launch(
     except FusionError as error:
         raise RequestRefusedError(str(error)) from error
     except Exception as error:
-        runtime.free()  # whatever it was, the next picture has all memory, and loads anew what it needs
+        runtime.free()  # after any error the next picture has all memory, and loads again what it needs
         if is_out_of_memory(error):
             raise RequestRefusedError(f"{OUT_OF_MEMORY} ({error})", status_code=500) from error
         raise

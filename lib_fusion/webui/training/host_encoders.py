@@ -87,7 +87,7 @@ def _text_config(params: Any) -> Any:
 
 
 def _load(config: Any, file: Checkpoint, prefix: str) -> nn.Module:
-    """A part of a checkpoint in the host's class, float32; raises CheckpointError where ``config`` tells of another."""
+    """A part of a checkpoint in the host's class, float32; raises CheckpointError where ``config`` is of another."""
     module = instantiate_from_config(config)
     tensors = file.read(prefix, torch.float32)
     if any(key.startswith(TEXT_MODEL) for key in tensors) and not any(key.startswith(TEXT_INNER) for key in tensors):

@@ -1,6 +1,6 @@
 """The process of a training: ``python -m lib_fusion.webui.training.process JOB_FOLDER``, run by the host's Python.
 
-Runs the job's commands one after the other, tells in state.json how far it is, and puts the finished aggregator file
+Runs the job's commands one after the other, writes its progress into state.json, and puts the finished aggregator file
 where the panel finds it.
 """
 

@@ -33,12 +33,12 @@ PACKAGES = ("Stable Diffusion", "Stable Diffusion XL")
 
 
 def jobs() -> Jobs:
-    """All trainings, in a folder beside the aggregator files."""
+    """All trainings, in a subfolder of the aggregator files' folder."""
     return Jobs(aggregators.folder() / aggregators.TRAINING)
 
 
 def start(values: Mapping[str, Any]) -> Job:
-    """Starts what the tab's form asks for, or goes on with it; raises FusionError before anything is done."""
+    """Starts or resumes the training that the tab's form asks for; raises FusionError before anything is done."""
     if shared.cmd_opts.hide_ui_dir_config:
         raise FusionError("the WebUI was launched with --hide-ui-dir-config, so no folders can be trained on")
     store = jobs()
@@ -136,7 +136,7 @@ def check_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def check_prediction(info: Any, file: Checkpoint, config: str) -> None:
-    """Refuses a file that the host finds to predict something else than it, or a .yaml beside it, says."""
+    """Refuses a file whose prediction the host finds to be another than the file or its .yaml says."""
     found = prediction_of_config(OmegaConf.load(config))
     if found != file.prediction:
         problem = f"it predicts {found}, which neither it nor a .yaml beside it says; allowed: with such a .yaml"

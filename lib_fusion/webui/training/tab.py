@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-# Modules, not names from them: a UI reload makes the host's UI classes anew.
+# Modules, not names from them: a UI reload creates the host's UI classes again.
 from modules import sd_models, ui_common, ui_components
 
 from lib_fusion.errors import FusionError
