@@ -39,7 +39,7 @@ class Ensemble(nn.Module):
         self.hooks = self.lockstep.attach()
 
     def forward(self, x: torch.Tensor, timesteps: torch.Tensor, texts: Sequence[Text]) -> torch.Tensor:
-        """The prediction (B,C,H,W) for noisy latents at ``timesteps`` (B,), with each model's conditioning (B captions).
+        """The prediction (B,C,H,W) for noisy latents at ``timesteps`` (B,) and each model's ``texts`` of B captions.
 
         SDXL's conditioning also has the pictures' size, which is that of the latents.
         """
