@@ -372,3 +372,34 @@ def test_change_prediction(sampling: Any) -> None:
         torch.testing.assert_close(change_prediction(v, x, alpha, "epsilon"), noise, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(change_prediction(noise, x, alpha, "v"), v, rtol=1e-4, atol=1e-4)
         assert change_prediction(noise.half(), x.half(), alpha, "v").dtype == torch.float32
+
+
+def test_a_base_that_predicts_v_lends_no_expert_its_configuration(
+    sampling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ordinary file has no .yaml; that of a v model says v."""
+    from lib_fusion.webui.models import experts
+
+    near = SimpleNamespace(find_checkpoint_config_near_filename=lambda _: None)
+    monkeypatch.setattr(experts, "sd_models_config", near)
+    monkeypatch.setattr(experts, "guess_config", lambda *_: "the host's guess")
+    monkeypatch.setattr(experts, "OmegaConf", SimpleNamespace(load=lambda path: path))
+    info = SimpleNamespace(filename="plain.safetensors")
+    for parameterization, expected in (("v", "the host's guess"), ("eps", "the base's")):
+        model = Model(UNet(1.0), parameterization)
+        model.used_config = "the base's"
+        assert experts.config_of(info, "sd1", model) == expected
+
+
+def test_an_experts_positions_are_its_files_own(sampling: Any) -> None:
+    """Merges break them in many files: fractions are cut off, as where the host loads the file."""
+    from lib_fusion.webui.models.text_encoders import put_positions
+
+    encoder, find = nn.Module(), "text.{}".format
+    encoder.embeddings = nn.Module()
+    encoder.embeddings.register_buffer("position_ids", torch.tensor([[9, 9, 9]]))  # the base's
+    put_positions(encoder, {"text.embeddings.position_ids": torch.tensor([[0.0, 0.5, 1.5]])}, find)
+    assert encoder.embeddings.position_ids.tolist() == [[0, 0, 1]]
+    put_positions(encoder, {}, find)
+    assert encoder.embeddings.position_ids.tolist() == [[0, 1, 2]]
+    assert encoder.embeddings.position_ids.dtype == torch.int64
