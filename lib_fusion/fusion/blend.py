@@ -109,8 +109,9 @@ class Blend:
             i for i, expert in enumerate(self.settings.experts, start=1)
             if expert.weight > 0 and expert.in_window(timestep) and not self.places.is_empty(i)
         )  # fmt: skip
-        full = [i for i in experts if self._weights[i] == 1]
-        return experts if self.places.maps and self.places.cover(full) else (BASE, *experts)
+        if self.places.maps and self.places.cover([i for i in experts if self._weights[i] == 1]):
+            return tuple(i for i in experts if self.places.rules(i))  # nothing is left to the others
+        return (BASE, *experts)
 
     def _decides(self, active: Iterable[int]) -> bool:
         """Whether saliency decides between some of these models, and not places alone."""

@@ -168,3 +168,28 @@ def test_previews_are_written_beside_the_pictures(tmp_path, capsys):
     assert written("few", *afa, *few, "--previews", "maps") == {"maps"}
     heights = [Image.open(tmp_path / folder / "00000-000-maps.png").height for folder in ("few", "afa")]
     assert heights[0] < heights[1]
+
+
+def test_a_mask_for_each_expert_and_their_places(tmp_path, capsys):
+    """Black: the base alone, the expert never run. White: the expert alone. A half: as its column."""
+    masks = {name: tmp_path / f"{name}.png" for name in ("black", "white", "half")}
+    for name, colour in (("black", 0), ("white", 255), ("half", 0)):
+        image = Image.new("L", (64, 64), colour)
+        if name == "half":
+            image.paste(255, (32, 0, 64, 64))
+        image.save(masks[name])
+
+    def drawn(*flags: str, base: str = ANIMALS) -> tuple[bytes, list[int]]:
+        argv = ["generate", "--base", base, "--prompt", "a fox", "--guidance", "off", "--out", str(tmp_path / "out"),
+                "--json", *SMALL, *flags]  # fmt: skip
+        assert main(argv) == 0
+        record = json.loads(capsys.readouterr().out)
+        with Image.open(record["files"][0]) as image:
+            return image.tobytes(), record["unet_calls"]
+
+    fused = {name: drawn("--expert", VEHICLES, "--expert-mask", str(file)) for name, file in masks.items()}
+    assert fused["black"] == (drawn()[0], [2, 0])
+    assert fused["white"] == (drawn(base=VEHICLES)[0], [0, 2])
+    assert fused["half"] == drawn("--expert", VEHICLES, "--expert-place", "columns 1:1 2")
+    two = drawn("--expert", VEHICLES, "--expert", VEHICLES, "--expert-mask", "", "--expert-mask", str(masks["white"]))
+    assert two[1] == [0, 0, 2]
