@@ -80,7 +80,8 @@ class FusionSession:
 
         Kynkaanniemi et al., "Applying Guidance in a Limited Interval" (NeurIPS 2024).
         """
-        if not self.settings.lowers_guidance or timestep > self.settings.guidance_until:
+        until = self.settings.guidance_until
+        if not self.settings.lowers_guidance or timestep > until or until == 0:
             return self.guidance_scale
         return min(self.settings.guidance_after, self.guidance_scale)
 

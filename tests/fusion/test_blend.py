@@ -265,6 +265,7 @@ def test_when_the_guidance_is_lowered(when: str, experts: int, scale: float) -> 
     assert s.guidance_at(501) == 7
     assert s.guidance_at(500) == scale
     assert session(guidance="always", guidance_after=9).guidance_at(100) == 7  # never raised
+    assert session(guidance="always", guidance_until=0).guidance_at(0) == 7  # a last step at timestep 0 is not below 0
 
 
 @pytest.mark.parametrize("splits", [[4], [2, 2], [1, 3], [3, 1], [1, 1, 1, 1]])

@@ -101,4 +101,7 @@ def test_nothing_is_added_to_a_scripts_pictures(client: Client, names: Names) ->
         client.draw({**fusion, "compare": True}, prompt="a fox|red", **matrix)
     tiles = {"script_name": "sd upscale", "script_args": ["", 16, "Lanczos", 2.0], "width": 64, "height": 64,
              "img2img": Image.new("RGB", (64, 64), "orange")}  # fmt: skip
-    assert client.draw(fusion, settings=PREVIEW, **tiles).same_as(client.draw(fusion, **tiles))
+    (upscaled,), (again,) = (client.draw(fusion, settings=how, **tiles).pixels for how in (PREVIEW, {}))
+    assert upscaled.shape == (128, 128, 3)
+    # The host encodes with chance, so two equal requests differ by little; a pasted mask is of other colours.
+    assert abs(upscaled.astype(int) - again).mean() < 8
