@@ -5,7 +5,7 @@ Host-free. A ``Blend`` lives as long as its sampling pass and holds the mask tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -79,18 +79,18 @@ class Blend:
         return self.settings.method == "AFA" and self.num_models > 1 and self.settings.in_window(timestep)
 
     def fuse(
-        self, timestep: float, outputs: Mapping[int, torch.Tensor], owners: torch.Tensor, halves: Halves | None,
-        guidance_scale: float,
+        self, timestep: float, outputs: Mapping[int, torch.Tensor], owners: torch.Tensor,
+        halves: Callable[[], Halves] | None, guidance_scale: float,
     ) -> torch.Tensor | None:  # fmt: skip
         """The fused rows (R,C,H,W) of the models' ``outputs`` (R,C,H,W), two models or more.
 
-        ``owners`` (R,): the picture of each row. ``halves``: the models' noises, for the saliency; None where the host
-        has left out the unconditional half. The last mask is used then; without one, None is returned.
+        ``owners`` (R,): the picture of each row. ``halves`` gives the models' noises, for the saliency; None where the
+        host has left out the unconditional half. The last mask is used then; without one, None is returned.
         """
         active = self._active(timestep)
         was_held = self._held.is_held(timestep)
         if halves is not None and self._gathers(timestep, active, outputs):
-            self._index = self._held.update(timestep, self._log_maps(active, *halves, guidance_scale))
+            self._index = self._held.update(timestep, self._log_maps(active, *halves(), guidance_scale))
         if self.settings.method == "Average" or not self.settings.in_window(timestep):
             return self._average(outputs)
         if not self._decides(active):

@@ -87,7 +87,7 @@ class Step:
         outputs = {model: self.output(model) for model in self.models}
         first = outputs[self.models[0]]
         owners = torch.tensor(self._owners, device=first.device)[: len(first)]
-        halves = self._halves() if len(first) == self.rows.num_all and not self.spares_uncond else None
+        halves = self._halves if len(first) == self.rows.num_all and not self.spares_uncond else None
         blend = self.session.blend
         fused = blend.fuse(self.level.timestep, outputs, owners, halves, self.session.guidance_scale)
         self._shares = blend.shares

@@ -163,8 +163,7 @@ class HostStep:
             raw = call.by(fusion.original, cond)
         if expert.model.prediction == fusion.model.prediction:
             return raw
-        alpha = alpha_of(self.denoiser, float(self.sigma[0]), fusion.sd_model.alphas_cumprod)
-        return change_prediction(raw, call.x, alpha, fusion.model.prediction)
+        return change_prediction(raw, call.x, self.step.level.alpha, fusion.model.prediction)
 
     def _cond_of(self, model: int, cond: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
         """The host's conditioning of a call with an expert's own text states in it."""
