@@ -2,46 +2,64 @@
 
 import os
 
-from modules import launch_utils, script_callbacks, scripts
+from modules import script_callbacks, scripts
 
-from lib_fusion import log
-from lib_fusion.webui import script
-from lib_fusion.webui.panel import api, panel, xyz
-from lib_fusion.webui.runtime import runtime
-from lib_fusion.webui.training import tab as training_tab
+from lib_fusion.webui import other_hosts
 
+WHY_NOT = other_hosts.why_not()
 
-class DenoiserFusionScript(scripts.Script):
-    def title(self):
-        return "Denoiser Fusion"
+if WHY_NOT:
+    print(WHY_NOT)
 
-    def show(self, is_img2img):
-        return scripts.AlwaysVisible
+    class DenoiserFusionUnavailable(scripts.Script):
+        def title(self):
+            return other_hosts.TITLE
 
-    def ui(self, is_img2img):
-        built = panel.build(self.elem_id)
-        self.infotext_fields = built.infotext_fields
-        self.paste_field_names = built.paste_field_names
-        return built.inputs
+        def show(self, is_img2img):
+            return scripts.AlwaysVisible
 
-    def before_process(self, p, *args):
-        script.before(p, args)
+        def ui(self, is_img2img):
+            return other_hosts.build(WHY_NOT, self.elem_id)
 
-    def process(self, p, *args):
-        script.begin(p, args)
+else:
+    from modules import launch_utils
 
-    def process_before_every_sampling(self, p, *args, **kwargs):
-        script.wrap_sampler(p)
+    from lib_fusion import log
+    from lib_fusion.webui import script
+    from lib_fusion.webui.panel import api, panel, xyz
+    from lib_fusion.webui.runtime import runtime
+    from lib_fusion.webui.training import tab as training_tab
 
-    def postprocess(self, p, processed, *args):
-        script.end(p, processed)
+    class DenoiserFusionScript(scripts.Script):
+        def title(self):
+            return "Denoiser Fusion"
 
+        def show(self, is_img2img):
+            return scripts.AlwaysVisible
 
-log.start(f"WebUI {launch_utils.git_tag()}", launch_utils.args.loglevel or os.environ.get("SD_WEBUI_LOG_LEVEL"))
-script_callbacks.on_cfg_denoiser(runtime.begin_step)
-script_callbacks.on_cfg_denoised(runtime.end_step)
-script_callbacks.on_before_ui(xyz.add_axes)
-script_callbacks.on_app_started(api.add_routes)
-script_callbacks.on_ui_tabs(training_tab.build)
-script_callbacks.on_ui_settings(panel.add_options)
-script_callbacks.on_script_unloaded(runtime.close)
+        def ui(self, is_img2img):
+            built = panel.build(self.elem_id)
+            self.infotext_fields = built.infotext_fields
+            self.paste_field_names = built.paste_field_names
+            return built.inputs
+
+        def before_process(self, p, *args):
+            script.before(p, args)
+
+        def process(self, p, *args):
+            script.begin(p, args)
+
+        def process_before_every_sampling(self, p, *args, **kwargs):
+            script.wrap_sampler(p)
+
+        def postprocess(self, p, processed, *args):
+            script.end(p, processed)
+
+    script_callbacks.on_cfg_denoiser(runtime.begin_step)
+    script_callbacks.on_cfg_denoised(runtime.end_step)
+    script_callbacks.on_before_ui(xyz.add_axes)
+    script_callbacks.on_app_started(api.add_routes)
+    script_callbacks.on_ui_tabs(training_tab.build)
+    script_callbacks.on_ui_settings(panel.add_options)
+    script_callbacks.on_script_unloaded(runtime.close)
+    log.start(f"WebUI {launch_utils.git_tag()}", launch_utils.args.loglevel or os.environ.get("SD_WEBUI_LOG_LEVEL"))
