@@ -32,7 +32,7 @@ def test_the_forge_family_is_recognised_before_anything_else_is_imported(
 
 
 def test_in_a_fork_that_lacks_a_name_the_sentence_has_it(other_hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(other_hosts, "ROOMS", ("models.experts",))
+    monkeypatch.setattr(other_hosts, "ROOMS", ("models.text_encoders",))
     monkeypatch.delattr(sys.modules["modules.sd_hijack"], "model_hijack")
     reason = other_hosts.why_not()
     assert reason.startswith("Denoiser Fusion needs AUTOMATIC1111's stable-diffusion-webui v1.10.1. ")
