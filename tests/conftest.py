@@ -19,8 +19,9 @@ SECOND_GROUP = ("test_afa", "test_browser", "test_hires_button", "test_extension
 
 
 def pytest_configure() -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:  # each process is one of as many as there are cores
-        torch.set_num_threads(1)
+    # Small tensors gain nothing from more threads, which wait for each other for minutes where the cores are busy.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so in the processes that tests start
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks

@@ -23,6 +23,8 @@ from lib_fusion.unet.layout import Layout, UNetLike, read_layout
 
 #: Why hooks on blocks may not run.
 ELSEWHERE = "another extension runs the U-Net's blocks by itself"
+#: Why the rows of a call may not be those that its prompts are for.
+TILES = "another extension gives the U-Net other rows than the step has, such as tiles"
 
 Aggregate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -111,6 +113,10 @@ class Lockstep:
         if self._texts is None:
             return
         timesteps = args[1] if len(args) > 1 else kwargs["timesteps"]
+        rows = len(self._texts[1])
+        if len(timesteps) != rows:
+            problem = f"{TILES} ({len(timesteps)} in a call for {rows})"
+            raise FusionError(f"AFA could not act: {problem}; switch that or AFA off")
         self.totals = []
         own_vector = args[3] if len(args) > 3 else kwargs.get("y")
         models = zip([unet, *self.experts], [own_vector, *self._texts[2]], strict=True)

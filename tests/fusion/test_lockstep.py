@@ -286,3 +286,15 @@ def test_a_forward_that_walks_the_layers_itself_is_refused() -> None:
 
     with pytest.raises(FusionError, match="AFA could not act: another extension"):
         run(unets, trained(unets[0], 2), inputs, contexts, vectors, forward=walk)
+
+
+def test_rows_that_are_not_the_prompts_are_refused() -> None:
+    """As extensions do that cut a picture into tiles inside the model's call: their prompts are not known."""
+    unets = models("sd1", 2)
+    inputs, contexts, vectors = told("sd1", 2)
+
+    def tiled(x, timesteps, context, y=None):
+        return unets[0](x.repeat(2, 1, 1, 1), timesteps.repeat(2), context.repeat(2, 1, 1))
+
+    with pytest.raises(FusionError, match=r"AFA could not act: .* such as tiles .6 in a call for 3.; switch that or"):
+        run(unets, trained(unets[0], 2), inputs, contexts, vectors, forward=tiled)
