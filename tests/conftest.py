@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from types import ModuleType
 
 import hypothesis
 import pytest
 import torch
+
+from tests import fake_cuda
 
 # No time limit for an example: on a loaded machine the first one takes seconds.
 hypothesis.settings.register_profile("tests", deadline=None)
@@ -29,3 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(LIVE):
             item.add_marker(pytest.mark.xdist_group(f"webui {1 + (item.path.stem in SECOND_GROUP)}"))
+
+
+@pytest.fixture
+def cuda() -> Iterator[ModuleType]:
+    """``tests.fake_cuda`` with its device ``cuda:0`` there; the test is skipped where it can't be built."""
+    if sentence := fake_cuda.obstacle():
+        pytest.skip(sentence)
+    with fake_cuda.installed():
+        yield fake_cuda
