@@ -43,13 +43,15 @@ class Blend:
 
     SNB has three phases. Down to ``snb_hold`` its mask is decided: each step draws by its own mask, and the saliencies
     are gathered. Below it the mask is held, and used from ``snb_from`` on; between the two the models are averaged.
-    ``shares`` are those of the last fused step.
+    ``shares`` are those of the last fused step. ``limits`` has for some models the timestep above which they cannot
+    predict (noise models, where a step has no signal): there the others draw without them.
     """
 
     def __init__(self, settings: FusionSettings, places: Places, keep: Keep, records: Records) -> None:
         self.settings, self.places = settings, places
         self.num_models = 1 + len(settings.experts)
         self.shares = Shares(parts={BASE: 1.0})
+        self.limits: Mapping[int, float] = {}
         self._weights = [1.0, *(expert.weight for expert in settings.experts)]
         self._masks = records.masks if "masks" in keep.kinds else None
         self._held = snb.HeldMask(settings.snb_hold, self._winner)
@@ -67,7 +69,7 @@ class Blend:
         active = self._active(timestep)
         if not self.settings.in_window(timestep):
             alone = {"base": BASE, "expert": 1 if 1 in active else BASE}.get(self.settings.snb_outside)
-            return active if alone is None else (alone,)
+            return active if alone is None or not self._can_predict(alone, timestep) else (alone,)
         if self.settings.method == "Average" or len(active) == 1 or not self._decides(active):
             return active
         if not self._held.is_held(timestep):
@@ -104,6 +106,14 @@ class Blend:
         return None if self._index is None else self._place(timestep, self._index, outputs, owners)
 
     def _active(self, timestep: float) -> tuple[int, ...]:
+        """The models that take part at this timestep and can predict there, ascending."""
+        chosen = self._chosen(timestep)
+        return tuple(model for model in chosen if self._can_predict(model, timestep)) or chosen
+
+    def _can_predict(self, model: int, timestep: float) -> bool:
+        return timestep <= self.limits.get(model, timestep)
+
+    def _chosen(self, timestep: float) -> tuple[int, ...]:
         """The models that take part at this timestep, ascending."""
         experts = tuple(
             i for i, expert in enumerate(self.settings.experts, start=1)
@@ -120,7 +130,7 @@ class Blend:
     def _gathers(self, timestep: float, active: tuple[int, ...], outputs: Mapping[int, torch.Tensor]) -> bool:
         """Whether the saliencies of this step count for the mask: wherever all models have run, until it is held."""
         is_snb = self.settings.method == "SNB" and self._decides(active)
-        return is_snb and not self._held.is_held(timestep) and len(outputs) == len(active)
+        return is_snb and not self._held.is_held(timestep) and len(outputs) == len(self._chosen(timestep))
 
     @property
     def _is_reference(self) -> bool:
@@ -140,10 +150,10 @@ class Blend:
         return tuple(sorted(models))
 
     def _valid(self, index: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:
-        """The mask, with the positions of models that do not take part given to the base."""
-        for model in range(1, self.num_models):
+        """The mask, with the positions of models that do not take part given to the first that does (the base)."""
+        for model in range(self.num_models):
             if model not in active:
-                index = torch.where(index == model, BASE, index)
+                index = torch.where(index == model, active[0], index)
         return index
 
     def _average(self, outputs: Mapping[int, torch.Tensor]) -> torch.Tensor:

@@ -368,3 +368,46 @@ def test_a_place_rules_in_full_unless_said_otherwise() -> None:
     assert not Places({1: half}).rules(2)
     assert not Places({1: half}, strength=0.5).rules(1)
     assert torch.equal(Places({1: half}).at((6, 10), torch.device("cpu"))[1], half)  # nor is it feathered
+
+
+# Models that cannot predict in the first steps, which have no signal
+
+
+def test_a_model_without_signal_is_left_out_and_the_mask_is_decided_later() -> None:
+    s = session(**PHASES)
+    s.blend.limits = {1: 930}
+    first, later = predictions(2, 0), predictions(2, 1)
+    assert s.blend.models_at(981) == (0,)
+    c, _ = take(s, 901, *first)  # the first step that all run in counts
+    mask = snb.winner(log_maps(*first))
+    assert torch.equal(c, snb.select(mask, first[0]))
+    take(s, 500, *later)
+    c, _ = take(s, 250, *later)
+    assert torch.equal(c, snb.select(mask, later[0]))
+
+
+@pytest.mark.parametrize(("limits", "alone"), [({1: 930}, 0), ({0: 930}, 1)])
+@pytest.mark.parametrize("changes", [{"method": "Average"}, {"snb_outside": "expert", "snb_window": [500, 0]},
+                                     {"snb_outside": "base", "snb_window": [500, 0]}, {}])  # fmt: skip
+def test_the_other_draws_alone_whatever_is_asked_for(limits: dict, alone: int, changes: dict) -> None:
+    s = session(**{**PHASES, **changes})
+    s.blend.limits = limits
+    assert s.blend.models_at(981) == (alone,)
+
+
+def test_of_three_the_two_that_can_predict_draw_and_gather_nothing() -> None:
+    """The third would have no map to compete with."""
+    s = session(2, **PHASES)
+    s.blend.limits = {2: 930}
+    early, first = predictions(3, 0), predictions(3, 1)
+    assert s.blend.models_at(981) == (0, 1)
+    c, _ = take(s, 981, {i: early[0][i] for i in (0, 1)}, {i: early[1][i] for i in (0, 1)})
+    assert torch.equal(c, early[0][0])  # there is no mask yet
+    c, _ = take(s, 901, *first)
+    assert torch.equal(c, snb.select(snb.winner(log_maps(*first, models=3)), first[0]))
+
+
+def test_where_nobody_can_predict_all_do_as_before() -> None:
+    s = session(**PHASES)
+    s.blend.limits = {0: 930, 1: 930}
+    assert s.blend.models_at(981) == (0, 1)

@@ -104,6 +104,32 @@ def test_v_and_epsilon(client: Client, base: str, other: str) -> None:
         assert distance(averaged, turned) <= 1
 
 
+def first_with_signal() -> int:
+    """Under *Zero Terminal SNR*, the timestep whose signal is the least that the models were trained with."""
+    alphas = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    roots = np.sqrt(alphas)
+    rescaled = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+    return int(np.flatnonzero(rescaled >= alphas[-1])[-1])
+
+
+@pytest.mark.parametrize("way", [{"sampler_name": "Euler", "steps": 12}, {"sampler_name": "DDIM", "steps": 12}])
+def test_a_model_of_the_noise_is_kept_out_of_steps_without_signal(client: Client, way: dict) -> None:
+    """There its output as v is a division by nothing; the picture is that of a window that leaves these steps out."""
+    window = [first_with_signal(), 0]
+    noise, v = "tiny_a", "tiny_v_b"
+    with client.settings({"sd_noise_schedule": "Zero Terminal SNR"}):
+        for method in ("SNB", "Average"):
+            out = client.draw(expert(noise, method=method), model=v, **way)
+            assert out.same_as(client.draw(expert(noise, method=method, snb_window=window), model=v, **way))
+            assert out.params["Fusion U-Net calls"] == "base 12, expert 1 10"
+            alone = {"snb_outside": "expert", "snb_window": window}
+            out = client.draw(expert(v, method=method), model=noise, **way)
+            assert out.same_as(client.draw(expert(v, method=method, **alone), model=noise, **way))
+            assert out.params["Fusion U-Net calls"] == "base 10, expert 1 12"
+    usual = client.draw(expert(noise), model=v, **way)
+    assert usual.params["Fusion U-Net calls"] == "base 12, expert 1 12"
+
+
 def distance(one: Pictures, other: Pictures) -> int:
     return int(np.abs(one.pixels[0].astype(int) - other.pixels[0]).max())
 

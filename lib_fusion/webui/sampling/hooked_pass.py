@@ -27,6 +27,7 @@ from lib_fusion.webui.models.experts import Expert, kind_of_model
 from lib_fusion.webui.sampling.contexts import Context
 from lib_fusion.webui.sampling.correcting import CORRECTORS
 from lib_fusion.webui.sampling.host_step import PLACES, Call, HostStep
+from lib_fusion.webui.sampling.levels import limits_of
 
 #: Settings of the previews: this and a name in PREVIEWS or a key of MAP_PARAMETERS.
 PREVIEW_OPTION = "denoiser_fusion_preview_"
@@ -71,6 +72,10 @@ class FusionPass:
         self.original = self.sd_model.apply_model
         self._wrapper = self.sd_model.apply_model = self.apply_model
         self._attached = True
+        predictions = [self.model.prediction, *(expert.model.prediction for expert in self.experts)]
+        alphas = self.sd_model.alphas_cumprod
+        trained = getattr(self.sd_model, "alphas_cumprod_original", alphas)
+        self.session.blend.limits = limits_of(predictions, alphas, trained)
         if self.session.settings.method == "AFA" and self.experts:
             lockstep = make_lockstep(self.aggregators, self.session.settings, self.sd_model, self.experts)
             self.session.join(lockstep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,21 @@ def levels_of(arguments: Mapping[str, Any], steps: int) -> list[float]:
 def has_timesteps(denoiser: Any) -> bool:
     """Whether a denoiser's levels are timesteps, and its latents variance-preserving; else its levels are sigmas."""
     return isinstance(denoiser, sd_samplers_timesteps.CFGDenoiserTimesteps)
+
+
+def limits_of(predictions: Sequence[str], alphas: torch.Tensor, trained: torch.Tensor) -> dict[int, float]:
+    """For each model the timestep above which it cannot predict, of models some of which predict v.
+
+    ``alphas`` (T,): the cumulated alphas of the pass, ``trained`` (T,) those that the models were trained with. *Zero
+    Terminal SNR* leaves the first timesteps next to no signal: there a prediction of the noise says nothing about the
+    picture (Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", WACV 2024), and as v it
+    would be divided by nothing. Where all models predict the noise, the host draws so, too, and nobody is left out.
+    """
+    least = trained[-1].to(alphas) * (1 - 1e-3)  # half precision rounds
+    if "v" not in predictions or bool(alphas[-1] >= least):
+        return {}
+    limit = float((alphas >= least).sum() - 1)
+    return {model: limit for model, prediction in enumerate(predictions) if prediction != "v"}
 
 
 def alpha_of(denoiser: Any, value: float, alphas: torch.Tensor) -> float:
