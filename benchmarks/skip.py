@@ -24,6 +24,7 @@ from benchmarks.measures import psnr, ssim
 from lib_fusion.engine.demo_sheet import FOLDER
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import quiet_libraries
+from lib_fusion.files import write_whole
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import SKIP_PRESETS, ExpertSettings, FusionSettings, GenerationSettings
 
@@ -98,9 +99,8 @@ class Bench:
         path = self.out / "runs" / f"{job.name}.npz"
         if not path.exists():
             result = self._run(job)
-            partial = path.with_suffix(".partial.npz")
-            np.savez_compressed(partial, pictures=result.pictures, rows=result.rows, seconds=result.seconds)
-            partial.replace(path)
+            values = {"pictures": result.pictures, "rows": result.rows, "seconds": result.seconds}
+            write_whole(path, lambda partial: np.savez_compressed(partial, **values), path.with_suffix(".partial.npz"))
         stored = np.load(path)
         return Result(stored["pictures"], float(stored["rows"]), float(stored["seconds"]))
 
@@ -212,7 +212,7 @@ def over_fewer(line: dict[str, Any], lines: list[dict[str, Any]]) -> float | str
 
 
 def write_table(lines: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
         writer.writerows(lines)

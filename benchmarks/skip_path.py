@@ -135,7 +135,7 @@ def bench_path(out: Path, base: Path, generation: GenerationSettings, progress: 
                 "best_path": marks(best, generation.steps),
             })  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "skip-path.csv").open("w", newline="") as file:
+    with (out / "skip-path.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(lines[0]) if lines else ["policy"])
         writer.writeheader()
         writer.writerows(lines)

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--sampler", action="append")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, args.out.open("w", newline="") as file:
+    with tempfile.TemporaryDirectory() as folder, args.out.open("w", newline="", encoding="utf-8") as file:
         prepare_data(Path(folder), {"samples_save": False, "grid_save": False, "live_previews_enable": False})
         host = Host(Path(folder), "general")
         try:

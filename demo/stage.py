@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lib_fusion.files import write_whole
+
 SAVE_EVERY_SECONDS = 60.0
 
 
 def _save(state: dict, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    write_whole(path, lambda partial: torch.save(state, partial))
 
 
 def run_stage(

@@ -11,6 +11,7 @@ import matplotlib
 from PIL import Image, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from lib_fusion.files import write_whole
 from lib_fusion.requests.infotext import write_infotext
 from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 
@@ -46,9 +47,7 @@ def save_png(image: Image.Image, path: Path, text: str) -> None:
     info = PngInfo()
     info.add_text("parameters", text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    image.save(partial, format="PNG", pnginfo=info)
-    partial.replace(path)
+    write_whole(path, lambda partial: image.save(partial, format="PNG", pnginfo=info))
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
@@ -85,7 +84,7 @@ def sheet(
     if note:
         fig.supxlabel(note, fontsize=8, color="#555555", x=0.005, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    fig.savefig(partial, format="png", dpi=110, facecolor="white")
-    plt.close(fig)
-    partial.replace(path)
+    try:
+        write_whole(path, lambda partial: fig.savefig(partial, format="png", dpi=110, facecolor="white"))
+    finally:
+        plt.close(fig)

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lib_fusion.errors import CheckpointError, FusionError, shorten
+from lib_fusion.files import write_whole
 from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.methods.afa import AggregatorSizes, groups_of
 from lib_fusion.unet.checkpoint import Checkpoint
@@ -168,12 +169,7 @@ def save_aggregators(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}
-    partial = path.with_suffix(".partial")
-    try:
-        save_file(tensors, partial, {"format": FORMAT, "card": card.to_json()})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, lambda partial: save_file(tensors, partial, {"format": FORMAT, "card": card.to_json()}))
 
 
 def identify_model(path: str | Path) -> ModelIdentity:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.files import read_text, write_whole
 from lib_fusion.requests.settings import PARAMETERS, FusionSettings
 
 LONGEST_NAME = 200
@@ -75,7 +76,7 @@ class Presets:
     def _read(self) -> dict[str, dict[str, Any]]:
         """A file that can't be read is never written over: it may be mended."""
         try:
-            found = json.loads(self.path.read_text("utf-8"))
+            found = json.loads(read_text(self.path))
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, RecursionError) as error:
@@ -85,14 +86,12 @@ class Presets:
         return {name: complete_earlier(values) for name, values in found.items()}
 
     def _write(self, presets: dict[str, dict[str, Any]]) -> None:
-        partial = self.path.with_suffix(".partial")
+        text = json.dumps(presets, indent=1, ensure_ascii=False)
         if self.path.is_file() and not self.path.stat().st_mode & stat.S_IWUSR:
             raise FusionError(f"{self.path.name}: is read-only; nothing has changed")
         try:
-            partial.write_text(json.dumps(presets, indent=1, ensure_ascii=False), "utf-8")
-            partial.replace(self.path)
+            write_whole(self.path, lambda partial: partial.write_text(text, "utf-8"))
         except (OSError, ValueError) as error:
-            partial.unlink(missing_ok=True)
             raise FusionError(f"{self.path.name}: can't be written ({error}); nothing has changed") from error
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lib_fusion.errors import FusionError
+from lib_fusion.files import read_text, write_whole
 from lib_fusion.fusion.aggregator_files import part_hash
 from lib_fusion.training.captioned import Captioned, PictureError, read_pictures, to_tensor
 from lib_fusion.unet.checkpoint import VAE_PREFIX, Checkpoint
@@ -182,7 +183,7 @@ def _check_index(folder: Path, index: Mapping[str, Any]) -> None:
 def read_index(folder: Path) -> dict[str, Any]:
     """What a cache was made of; raises FusionError where there is none."""
     try:
-        found = json.loads((folder / INDEX).read_text("utf-8"))
+        found = json.loads(read_text(folder / INDEX))
     except (OSError, ValueError) as error:
         raise FusionError(f"{folder}: no cache there ({INDEX} can't be read)") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -245,11 +246,8 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]
 
 def _write(path: Path, write: Callable[[Path], Any], safe: int) -> None:
     """Writes a file whole or not at all; ``safe`` pictures are in the cache already."""
-    partial = path.with_suffix(".partial")
     try:
-        write(partial)
-        partial.replace(path)
+        write_whole(path, write)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         problem = f"{safe} pictures are cached and stay; the same command goes on from there"
         raise FusionError(f"{path}: can't be written ({error}); {problem}") from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import torch
@@ -16,6 +19,10 @@ from PIL import Image
 from lib_fusion.errors import FusionError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+#: The text that editors call ANSI: Windows' own code page, which is this one in English and most of Europe.
+ANSI = "mbcs" if sys.platform == "win32" else "cp1252"
+#: Marks at the head of a text, and the encodings that they stand for.
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 #: Latents have an eighth of the picture's side.
 FACTOR = 8
 
@@ -44,7 +51,7 @@ def read_pictures(source: Path) -> Iterator[Captioned | PictureError]:
     A line of metadata.jsonl is ``{"file_name": .., "text": .., "subset": .., "repeats": ..}``; the last two are
     optional. Raises FusionError where there is no data set at all.
     """
-    if source.is_file() and source.suffix == ".tar":
+    if source.is_file() and source.suffix.lower() == ".tar":
         return _read_tar(source)
     if not source.is_dir():
         raise FusionError(f"{source}: no folder of pictures and no .tar")
@@ -53,19 +60,22 @@ def read_pictures(source: Path) -> Iterator[Captioned | PictureError]:
     files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
         raise FusionError(f"{source}: no pictures there ({', '.join(SUFFIXES)})")
-    if not any(path.with_suffix(".txt").is_file() for path in files):
+    if not any(_caption_file(path) for path in files):
         raise FusionError(f"{source}: {len(files)} pictures, but neither metadata.jsonl nor a .txt beside any of them")
     return _read_folder(source, files)
 
 
 def _read_listed(source: Path) -> Iterator[Captioned | PictureError]:
-    for number, line in enumerate((source / "metadata.jsonl").read_text("utf-8").splitlines(), start=1):
+    text = read_caption((source / "metadata.jsonl").read_bytes(), "metadata.jsonl")
+    for number, line in enumerate(text.split("\n"), start=1):  # a JSON text may hold other ends of lines
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             name, caption = entry["file_name"], str(entry["text"])
             subset, repeats = str(entry.get("subset", "all")), float(entry.get("repeats", 1))
+            if "\\" in name and not (os.sep == "/" and (source / name).is_file()):  # written on Windows
+                name = PureWindowsPath(name).as_posix()
             path = (source / name).resolve()
             if not path.is_relative_to(source.resolve()):
                 raise ValueError("the file is outside the folder")
@@ -78,12 +88,39 @@ def _read_listed(source: Path) -> Iterator[Captioned | PictureError]:
 
 def _read_folder(source: Path, files: list[Path]) -> Iterator[Captioned | PictureError]:
     for path in files:
-        text = path.with_suffix(".txt")
-        name = path.relative_to(source).as_posix()
-        if text.is_file():
-            yield Captioned(name, text.read_text("utf-8").strip(), path.read_bytes())
-        else:
-            yield PictureError(f"{name}: no caption ({text.name})")
+        name, text = path.relative_to(source).as_posix(), _caption_file(path)
+        if text is None:
+            yield PictureError(f"{name}: no caption ({path.stem}.txt)")
+            continue
+        try:
+            yield Captioned(name, read_caption(text.read_bytes(), text.name).strip(), path.read_bytes())
+        except (PictureError, OSError) as error:
+            yield PictureError(f"{name}: {error}")
+
+
+def _caption_file(picture: Path) -> Path | None:
+    """The text beside a picture."""
+    return next((path for path in map(picture.with_suffix, (".txt", ".TXT")) if path.is_file()), None)
+
+
+def read_caption(data: bytes, name: str) -> str:
+    """A text as editors save it: UTF-8 or UTF-16, marked or not, or ANSI; raises PictureError with the file's name.
+
+    In ANSI's place other code pages would be read as nonsense. Few of its characters are above ASCII, most of theirs.
+    """
+    encodings = ["utf-8", ANSI] if 3 * sum(byte > 127 for byte in data) <= len(data) else ["utf-8"]
+    if marked := next((encoding for mark, encoding in MARKS.items() if data.startswith(mark)), None):
+        encodings = [marked]
+    elif b"\0" in data:
+        encodings = ["utf-16-le" if data[1::2].count(0) >= data[::2].count(0) else "utf-16-be"]
+    for encoding in encodings:
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        if "\0" not in text:
+            return text
+    raise PictureError(f"{name}: neither UTF-8 nor UTF-16 nor ANSI; save it as UTF-8")
 
 
 def _read_tar(source: Path) -> Iterator[Captioned | PictureError]:
@@ -107,8 +144,11 @@ def _read_tar(source: Path) -> Iterator[Captioned | PictureError]:
             continue
         if ".txt" not in groups[key]:
             yield PictureError(f"{key}: no caption")
-        else:
-            yield Captioned(key, groups[key][".txt"].decode("utf-8").strip(), data)
+            continue
+        try:
+            yield Captioned(key, read_caption(groups[key][".txt"], f"{key}.txt").strip(), data)
+        except PictureError as error:
+            yield error
 
 
 def to_tensor(picture: Captioned, resolution: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lib_fusion.files import write_whole
 from lib_fusion.fusion.aggregator_files import identify_model, load_for
 from lib_fusion.fusion.lockstep import point_names
 from lib_fusion.methods import afa
@@ -202,12 +203,13 @@ def _predict(
 def write_report(result: Evaluation, folder: Path, title: str) -> str:
     """Writes evaluation.json, .md and (where matplotlib is) .png into ``folder``; returns the text."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(result.to_dict(), indent=1), "utf-8")
+    record = json.dumps(result.to_dict(), indent=1)
+    write_whole(folder / "evaluation.json", lambda partial: partial.write_text(record, "utf-8"))
     text = "\n".join([f"# {title}", "", result.verdict(), "", *_loss_table(result), "", *_step_table(result), "",
                       *_routing_table(result), ""])  # fmt: skip
-    (folder / "evaluation.md").write_text(text, "utf-8")
+    write_whole(folder / "evaluation.md", lambda partial: partial.write_text(text, "utf-8"))
     try:
-        _plot(result, folder / "evaluation.png", title)
+        write_whole(folder / "evaluation.png", lambda partial: _plot(result, partial, title))
     except ImportError:
         text += "\n(no plot: matplotlib is not installed)"
     return text
@@ -258,5 +260,5 @@ def _plot(result: Evaluation, path: Path, title: str) -> None:
     right.set(ylabel=f"mean weight of {result.models[0]}", ylim=(0, 1))
     right.tick_params(axis="x", rotation=90, labelsize=7)
     right.legend(fontsize=7, title="subset")
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, format="png", dpi=110)
     plt.close(fig)

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import threading
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import psutil
 
 from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.files import read_text, retry, write_whole
 from lib_fusion.training.options import CHANGEABLE
 
 JOB, STATE, LOG = "job.json", "state.json", "log.txt"
@@ -28,7 +30,20 @@ CACHE, HELD_OUT, EVALUATION = "cache", "held-out", "evaluation"
 #: Module that the process runs, and the folder that it is found in.
 PROCESS = "lib_fusion.webui.training.process"
 REPOSITORY = Path(__file__).resolve().parents[2]
+#: Finds the package by its argument: an embedded Python, as in ready-made WebUIs for Windows, is isolated and reads
+#: neither PYTHONPATH nor any other variable. Its output is UTF-8 and unbuffered by flags for the same reason.
+BOOTSTRAP = """\
+import runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
+#: Flags of a process on Windows: neither Ctrl+C nor closing the WebUI's console reaches it.
+CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW = 0x200, 0x8000000
 NAME = re.compile(r"\w[\w .-]{0,59}")
+#: Names that Windows keeps for devices, whatever ending follows.
+DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
+    f"{port}{digit}" for port in ("COM", "LPT") for digit in "0123456789\u00b9\u00b2\u00b3"
+}
 #: Seconds that a process has to end by itself.
 PATIENCE = 10.0
 #: By how much the times may differ that two WebUIs see a process begin at, as clocks are set.
@@ -81,12 +96,12 @@ class Jobs:
     def names(self) -> list[str]:
         """The last started first."""
         files = [(path.stat().st_mtime, path.parent.name) for path in self.folder.glob(f"*/{JOB}")]
-        return [name for _, name in sorted(files, reverse=True)]
+        return [name for _, name in sorted(files, reverse=True) if not _problem_of(name)]
 
     def of(self, name: str) -> Path:
         """A job's folder; raises SettingError where the name can't be one."""
-        if not NAME.fullmatch(name):
-            raise SettingError("name", name, "allowed: up to 60 letters, digits, spaces and . _ -")
+        if problem := _problem_of(name):
+            raise SettingError("name", name, problem)
         return self.folder / name
 
     def read(self, name: str) -> Job | None:
@@ -107,8 +122,7 @@ class Jobs:
         if (running := self.running()) is not None:
             raise SettingError("name", job.name, f"{running} is being trained; allowed: one training at a time")
         before = self.read(job.name)
-        if before is None and Path(job.target).exists():
-            raise SettingError("name", job.name, "an aggregator file of this name is there; allowed: another name")
+        self._check_name(job, is_new=before is None)
         if before is None:
             return
         keys = ["source", "models", "resolution"] if (folder / CACHE).is_dir() else []
@@ -120,6 +134,19 @@ class Jobs:
             problem = f"it was begun with another {', '.join(differ)} ({before.values.get(differ[0])})"
             raise SettingError("name", job.name, f"{problem}; allowed: the same to go on, or another name")
 
+    def _check_name(self, job: Job, is_new: bool) -> None:
+        """Refuses a name that differs from another training's, or from a file's, by capitals only."""
+        target = Path(job.target)
+        trainings = [name for name in self.names() if name != job.name]
+        files = [file.stem for file in target.parent.glob("*") if file.suffix.lower() == target.suffix]
+        for kind, names in (("training", trainings), ("aggregator file", files if is_new else [])):
+            same = next((name for name in names if _folded(name) == _folded(job.name)), None)
+            if same == job.name:
+                raise SettingError("name", job.name, f"an {kind} of this name is there; allowed: another name")
+            if same is not None:
+                problem = f"Windows and macOS take it for that of the {kind} {same}; allowed: another name"
+                raise SettingError("name", job.name, problem)
+
     def start(self, job: Job) -> None:
         """Starts or resumes a job in a process of its own; raises FusionError where it can't."""
         with self._lock:
@@ -127,7 +154,7 @@ class Jobs:
             folder = self.of(job.name)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / STATE).unlink(missing_ok=True)
+                retry(lambda: (folder / STATE).unlink(missing_ok=True))
                 write_json(folder / JOB, {"job": asdict(job)})
                 process = self._launch(folder)
                 write_json(folder / JOB, {"job": asdict(job), "pid": process.pid, "created": _created(process.pid)})
@@ -135,17 +162,13 @@ class Jobs:
                 raise FusionError(f"{folder}: the training can't be started ({error})") from error
 
     def _launch(self, folder: Path) -> subprocess.Popen:
-        before = os.environ.get("PYTHONPATH")
-        paths = os.pathsep.join([str(REPOSITORY), *([before] if before else [])])
-        environment = os.environ | {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-        own_group: dict[str, Any] = {"start_new_session": True}  # so that the WebUI's Ctrl+C does not end it
+        own_session: dict[str, Any] = {"start_new_session": True}  # so that the WebUI's Ctrl+C does not end it
         if sys.platform == "win32":
-            own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+            own_session = {"creationflags": CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW}
         with (folder / LOG).open("w", encoding="utf-8") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", PROCESS, str(folder)], env=environment, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, **own_group,
-            )  # fmt: skip
+                process_command(folder), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, **own_session
+            )
 
     def stop(self, name: str) -> bool:
         """Ends a job's process; whether there was one. The saved state stays; starting the job again resumes it."""
@@ -200,6 +223,25 @@ class Jobs:
         return None
 
 
+def process_command(folder: Path) -> list[str]:
+    """What a job's process is started with; it needs no variable of the environment."""
+    return [sys.executable, "-u", "-X", "utf8", "-c", BOOTSTRAP, str(REPOSITORY), PROCESS, str(folder)]
+
+
+def _problem_of(name: str) -> str:
+    """Why a name can't be that of a folder and a file, on any system; empty where it can."""
+    if not NAME.fullmatch(unicodedata.normalize("NFC", name)) or name[-1] in " .":
+        return "allowed: up to 60 letters, digits, spaces and . _ -, with no space or . at the end"
+    if name.partition(".")[0].rstrip().upper() in DEVICES:
+        return "Windows keeps this name for a device; allowed: another name"
+    return ""
+
+
+def _folded(name: str) -> str:
+    """Equal for names that are one file to a system that ignores capitals and how accents are composed."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
 def read_losses(path: Path) -> list[tuple[int, float, float, float]]:
     """The rows of a training's log; one that is half written is left out."""
     rows = []
@@ -215,14 +257,12 @@ def read_losses(path: Path) -> list[tuple[int, float, float, float]]:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1), "utf-8")
-    partial.replace(path)
+    write_whole(path, lambda partial: partial.write_text(json.dumps(values, indent=1), "utf-8"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

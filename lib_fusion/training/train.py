@@ -23,6 +23,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.files import write_whole
 from lib_fusion.fusion.aggregator_files import Card, ModelIdentity, identify_model, load_aggregators, save_aggregators
 from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.training.cache import Cache, Text, stack_texts
@@ -160,7 +161,7 @@ class TrainingRun:
         self._resume()
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            self._log = (folder / LOG).open("w", newline="")
+            self._log = (folder / LOG).open("w", newline="", encoding="utf-8")
             self._writer = csv.writer(self._log)
             self._writer.writerow(COLUMNS)
             self._writer.writerows(self._rows)
@@ -186,7 +187,7 @@ class TrainingRun:
         if self.ema:
             self.ema = {key: value.to(self.ema[key].device) for key, value in state["ema"].items()}
         self.step, self.seconds = state["step"], state["seconds"]
-        with (self.folder / LOG).open(newline="") as file:
+        with (self.folder / LOG).open(newline="", encoding="utf-8") as file:
             self._rows = [row for row in list(csv.reader(file))[1:] if len(row) == len(COLUMNS)][: self.step]
         self.losses = [float(row[1]) for row in self._rows]
 
@@ -198,12 +199,9 @@ class TrainingRun:
         state = {"aggregators": self.aggregators.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "scaler": self.scaler.state_dict(), "ema": self.ema, "step": self.step, "seconds": self.seconds,
                  "identity": self.identity}  # fmt: skip
-        partial = self.folder / f"{STATE}.partial"
         try:
-            torch.save(state, partial)
-            partial.replace(self.folder / STATE)
+            write_whole(self.folder / STATE, lambda partial: torch.save(state, partial))
         except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
             problem = f"can't be written ({error}); the last saved state stays"
             raise FusionError(f"{self.folder / STATE}: {problem}") from error
 
@@ -336,10 +334,13 @@ def teller() -> Callable[[str], None]:
     if not is_first_process():
         return lambda _: None
     if sys.stderr.isatty():
+        longest = [0]  # of the line so far: spaces clear it in any console
 
         def show(text: str) -> None:
             end = "" if text.startswith("step") else "\n"
-            print(f"\r\x1b[K{text}", end=end, file=sys.stderr, flush=True)
+            longest[0] = max(longest[0], len(text))
+            print(f"\r{text:<{longest[0]}}", end=end, file=sys.stderr, flush=True)
+            longest[0] = longest[0] if not end else 0
 
         return show
     last = [0.0]

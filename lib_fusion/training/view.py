@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from lib_fusion.files import read_text, retry
 from lib_fusion.training.jobs import Status
 from lib_fusion.training.train import WINDOW, clock
 
@@ -118,7 +119,7 @@ def evaluation_html(folder: Path, is_held_out: bool) -> str:
     kind = "lost" if "NOT" in verdict else "won"
     told = f'<p class="denoiser-fusion-{kind}"><b>{html.escape(verdict)}</b></p><p>Measured on {on}.</p>'
     try:
-        data = base64.b64encode((folder / "evaluation.png").read_bytes()).decode()
+        data = base64.b64encode(retry((folder / "evaluation.png").read_bytes)).decode()
     except OSError:
         return told
     return f'{told}<img class="denoiser-fusion-plot" alt="losses and routing" src="data:image/png;base64,{data}"/>'
@@ -131,6 +132,6 @@ def evaluation_tables(folder: Path) -> str:
 
 def report(folder: Path) -> str:
     try:
-        return (folder / "evaluation.md").read_text("utf-8")
+        return read_text(folder / "evaluation.md")
     except OSError:
         return ""

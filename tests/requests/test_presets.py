@@ -93,7 +93,7 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     store = Presets(tmp_path / "presets.json")
     store.save("mine", {"k_expert": 2})
-    store.path.with_suffix(".partial").symlink_to("/dev/full")
+    Path(f"{store.path}.partial").symlink_to("/dev/full")
     with pytest.raises(FusionError, match=r"can't be written .*No space left"):
         store.save("another", {})
     assert store.names() == [*SHIPPED, "mine"]

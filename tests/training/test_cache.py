@@ -110,6 +110,72 @@ def test_captions_beside_pictures(tmp_path):
     assert "cat-flat.webp: no caption" in str(found[0])
 
 
+#: Texts by how an editor saves them, and what they say; None: not to be read.
+SAVED = {
+    "UTF-8": ("caf\u00e9 \u732b".encode(), "caf\u00e9 \u732b"),
+    "UTF-8 with its mark": ("\ufeffcaf\u00e9".encode(), "caf\u00e9"),
+    "ANSI": ("un caf\u00e9, \u201cbleu\u201d".encode("cp1252"), "un caf\u00e9, \u201cbleu\u201d"),
+    "UTF-16": ("caf\u00e9 \u732b".encode("utf-16"), "caf\u00e9 \u732b"),
+    "UTF-16, the other order": ("\ufeffa cat".encode("utf-16-be"), "a cat"),
+    "UTF-16 without its mark": ("a cat".encode("utf-16-le"), "a cat"),
+    "another code page": ("\u4e00\u53ea\u732b\u5750\u7740".encode("gbk"), None),
+    "no text": (b"\x81\0\xff", None),
+    "half of UTF-16": ("a cat".encode("utf-16")[:-1], None),
+}
+
+
+@pytest.mark.parametrize("how", SAVED)
+@pytest.mark.parametrize("form", ["folder", "tar"])
+def test_captions_as_editors_save_them(tmp_path, how, form):
+    """One that can't be read is reported by its name; the others are read all the same."""
+    data, says = SAVED[how]
+    files = {"a.png": b"", "a.txt": b"a dog", "b.png": b"", "b.txt": data, "c.png": b"", "c.txt": b"a fox"}
+    source = tmp_path / form
+    if form == "tar":
+        source = tmp_path / "set.TAR"
+        with tarfile.open(source, "w") as tar:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    else:
+        source.mkdir()
+        for name, content in files.items():
+            (source / (name if name != "c.txt" else "c.TXT")).write_bytes(content)
+    first, found, last = read_pictures(source)
+    assert (first.caption, last.caption) == ("a dog", "a fox")
+    if says is None:
+        assert "b.txt: neither UTF-8 nor UTF-16 nor ANSI; save it as UTF-8" in str(found)
+    else:
+        assert found.caption == says
+
+
+@pytest.mark.parametrize("how", SAVED)
+def test_metadata_as_editors_save_it(tmp_path, how):
+    _, says = SAVED[how]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").touch()
+    encodings = {"UTF-8 with its mark": "utf-8-sig", "ANSI": "cp1252", "UTF-16": "utf-16", "another code page": "gbk",
+                 "UTF-16, the other order": "utf-16-be", "UTF-16 without its mark": "utf-16-le"}  # fmt: skip
+    encoding = encodings.get(how, "utf-8")
+    caption = says or "\u4e00\u53ea\u732b\u5750\u7740" * 9
+    line = json.dumps({"file_name": "sub\\a.png", "text": caption}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_bytes(f"{line}\r\n".encode(encoding))
+    if how == "another code page":
+        with pytest.raises(FusionError, match=r"metadata\.jsonl: neither UTF-8 nor UTF-16 nor ANSI"):
+            list(read_pictures(tmp_path))
+        return
+    (found,) = read_pictures(tmp_path)
+    assert (found.name, found.caption) == ("sub/a.png", caption)
+
+
+def test_a_caption_may_hold_unicodes_ends_of_lines(tmp_path):
+    (tmp_path / "a.png").touch()
+    text = json.dumps({"file_name": "a.png", "text": "a\u2028b\u0085c"}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(text, "utf-8")
+    assert [found.caption for found in read_pictures(tmp_path)] == ["a\u2028b\u0085c"]
+
+
 def test_webdataset(tmp_path):
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         for name, content in (("x/0001.webp", (DEMO / "images/dog-flat.webp").read_bytes()), ("x/0001.txt", b"a dog"),

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
+import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.fusion.aggregator_files import read_card
 from lib_fusion.training import view as training_view
-from lib_fusion.training.jobs import Job, Jobs, Status, read_losses
+from lib_fusion.training.jobs import BOOTSTRAP, DEVICES, Job, Jobs, Status, process_command, read_losses
 from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS
 from lib_fusion.training.train import WINDOW, train
 from lib_fusion.webui.training.process import describe, publish
@@ -104,7 +108,7 @@ def test_stopped_and_gone_on_with(jobs, data, tmp_path):
 def test_killed(jobs, data):
     jobs.start(make_job(jobs, data, settings=LONG))
     wait(jobs, step=1)
-    os.kill(json.loads((jobs.of("pair") / "job.json").read_text())["pid"], signal.SIGKILL)
+    psutil.Process(json.loads((jobs.of("pair") / "job.json").read_text("utf-8"))["pid"]).kill()
     status = wait(jobs)
     assert status.phase == "lost"
     assert "without a word" in training_view.sentence(status)
@@ -136,10 +140,80 @@ def write_job(jobs: Jobs, job: Job, **more: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["", "../x", "a/b", "a\\b", ".x", "x" * 61, "a\n"])
+@pytest.mark.parametrize("name", [
+    "", "../x", "a/b", "a\\b", ".x", "x" * 61, "a\n", "con", "AUX.style", "nul .x", "com1", "LPT\u00b9", "a.", "a ",
+])  # fmt: skip
 def test_names(jobs, name):
+    """Also what Windows has no file for is refused everywhere: such a file could not be copied there."""
     with pytest.raises(SettingError, match="name: "):
         jobs.of(name)
+    (jobs.folder / "good").mkdir(parents=True)
+    (jobs.folder / "good" / "job.json").touch()
+    if name and "/" not in name:
+        (jobs.folder / name).mkdir()
+        (jobs.folder / name / "job.json").touch()
+    assert jobs.names() == ["good"]
+    assert jobs.running() is None
+
+
+@pytest.mark.parametrize("name", ["a", "Con cert", "console", "com", "com10", "nullpunkt", "a.b", "x" * 60, "\u732b"])
+def test_names_that_are_good(jobs, name):
+    assert jobs.of(name) == jobs.folder / name
+
+
+@pytest.mark.skipif(not hasattr(PureWindowsPath, "is_reserved"), reason="gone from this Python")
+def test_the_names_of_devices_are_pythons():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for name in (f"{stem}{end}" for stem in ("con", "prn", "aux", "nul", "com", "lpt", "a", "conx")
+                     for end in ("", "1", "9", "10", "\u00b2", ".txt", "1.a.b")):  # fmt: skip
+            assert PureWindowsPath(name).is_reserved() == (name.partition(".")[0].upper() in DEVICES), name
+
+
+@pytest.mark.parametrize(("first", "second"), [
+    ("Pair", "pair"), ("stra\u00dfe", "STRASSE"), ("caf\u00e9", "cafe\u0301"),
+])  # fmt: skip
+def test_names_that_are_one_to_windows_and_macos(jobs, data, first, second):
+    write_job(jobs, make_job(jobs, data, first))
+    jobs.check(make_job(jobs, data, first))
+    with pytest.raises(SettingError, match=f"Windows and macOS take it for that of the training {first}"):
+        jobs.check(make_job(jobs, data, second))
+    (jobs.of(first) / "job.json").unlink()
+    Path(make_job(jobs, data, first).target).touch()
+    with pytest.raises(SettingError, match=f"take it for that of the aggregator file {first}"):
+        jobs.check(make_job(jobs, data, second))
+
+
+def test_an_isolated_python_runs_a_job_too(jobs, data, tmp_path):
+    """As an embedded one is, which reads no variable: neither where the package lies, nor that output is UTF-8."""
+    train = ["train", "--cache", "\u732b", "--out", "x.safetensors", "--model", MODELS[0], "--model", MODELS[1]]
+    folder = write_job(jobs, replace(make_job(jobs, data), commands=[train]))
+    python, *rest = process_command(folder)
+    done = subprocess.run([python, "-I", *rest], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "== train\n\u732b" in done.stdout.decode("utf-8").replace("\r", "")
+    assert "\u732b" in jobs.status("pair").error
+    rest[rest.index(BOOTSTRAP)] = "import sys; print(sys.flags.utf8_mode, sys.stdout.write_through)"
+    shown = subprocess.check_output([python, "-I", *rest], env=os.environ | {"LC_ALL": "C.UTF-8"})
+    assert shown.split() == [b"1", b"True"]
+
+
+def test_on_windows_neither_ctrl_c_nor_a_closed_console_ends_a_job(jobs, data, monkeypatch):
+    started = {}
+
+    def popen(command, **options):
+        started.update(options)
+        return SimpleNamespace(pid=2**31 - 1)  # which no process has
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    jobs.start(make_job(jobs, data, "posix"))
+    assert started["start_new_session"]
+    started.clear()
+    monkeypatch.setattr(sys, "platform", "win32")
+    jobs.start(make_job(jobs, data))
+    new_process_group, no_window = 0x00000200, 0x08000000  # as in the Windows API's documentation
+    assert started["creationflags"] == new_process_group | no_window
+    assert "start_new_session" not in started
 
 
 def test_what_can_not_go_on(jobs, data):

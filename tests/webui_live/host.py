@@ -38,7 +38,9 @@ def find_host() -> tuple[Path, Path]:
     if found is None or found[1] != VERSION:
         raise NoHostError(f"the WebUI in {folder} is {found[1] if found else 'of an unknown version'}, not {VERSION}")
     named = os.environ.get("WEBUI_PYTHON")
-    choices = [Path(named)] if named else [Path.home() / "webui-venv/bin/python", folder / "venv/bin/python"]
+    own = ("bin/python", "Scripts/python.exe")
+    venvs = (Path.home() / "webui-venv", folder / "venv")
+    choices = [Path(named)] if named else [venv / python for venv in venvs for python in own]
     python = next((path for path in choices if path.is_file()), None)
     if python is None:
         raise NoHostError(f"no Python for the WebUI: {' or '.join(map(str, choices))}; set WEBUI_PYTHON to it")
@@ -63,11 +65,23 @@ def prepare_data(data: Path, settings: dict | None = None) -> list[str]:
     extensions.mkdir(exist_ok=True)
     link = extensions / EXTENSION
     if not link.exists():
-        link.symlink_to(REPOSITORY, target_is_directory=True)
+        link_folder(link)
     config = data / "config.json"
     if not config.exists():
-        config.write_text(json.dumps({"show_progress_type": "Approx cheap", **(settings or {})}))
+        config.write_text(json.dumps({"show_progress_type": "Approx cheap", **(settings or {})}), "utf-8")
     return [name for name in DEMO if copy_demo(name, models)]
+
+
+def link_folder(link: Path) -> None:
+    """This checkout under another name; as a junction where Windows allows no links."""
+    try:
+        link.symlink_to(REPOSITORY, target_is_directory=True)
+    except OSError:
+        if sys.platform != "win32":
+            raise
+        import _winapi
+
+        _winapi.CreateJunction(str(REPOSITORY), str(link))
 
 
 def copy_demo(name: str, models: Path, target: str | None = None) -> bool:
@@ -87,7 +101,7 @@ def make_checkpoints(data: Path, python: Path, folder: Path, *which: str) -> Non
     """Tiny checkpoints with random weights, made by the host's own classes in its own Python."""
     script = Path(__file__).with_name("make_checkpoints.py")
     command = [str(python), str(script), str(data), str(folder), *which]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(f"making checkpoints failed:\n{done.stderr[-3000:]}")
 
@@ -106,13 +120,14 @@ class Host:
         folder, own_python = find_host()
         self.data, self.port = data, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._log = (data / "host.log").open("w")
+        self._log = (data / "host.log").open("w", encoding="utf-8")
         file = data / "models/Stable-diffusion" / f"{checkpoint}.safetensors"
         command = [str(python or own_python), "launch.py", *FLAGS, "--port", str(self.port), "--data-dir", str(data),
                    "--ckpt", str(file), *extra]  # fmt: skip
         self.process = subprocess.Popen(
-            command, cwd=folder, env=environment(), stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, cwd=folder, env=environment(), stdout=self._log, stderr=subprocess.STDOUT,
+            start_new_session=sys.platform != "win32",
+        )  # fmt: skip
         self.starts = 0
         try:
             self.wait()

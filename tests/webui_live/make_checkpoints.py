@@ -39,8 +39,8 @@ def make_clip() -> None:
     CLIP.mkdir(parents=True, exist_ok=True)
     letters = list(bytes_to_unicode().values())
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (CLIP / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (CLIP / "merges.txt").write_text("#version: 0.2\n")
+    (CLIP / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), "utf-8")
+    (CLIP / "merges.txt").write_text("#version: 0.2\n", "utf-8")
     files = str(CLIP / "vocab.json"), str(CLIP / "merges.txt")
     CLIPTokenizer(*files, model_max_length=77).save_pretrained(CLIP)
     end = len(words) - 1
@@ -58,13 +58,13 @@ def make_open_clip() -> None:
     for name, width in (("tiny-openclip", WIDTH), ("tiny-openclip-2", WIDTH_2)):
         text = {"context_length": 77, "vocab_size": 49408, "width": width, "heads": 2, "layers": 3}
         config = {"embed_dim": width, "vision_cfg": vision, "text_cfg": text}
-        (OPEN_CLIP / f"{name}.json").write_text(json.dumps(config))
+        (OPEN_CLIP / f"{name}.json").write_text(json.dumps(config), "utf-8")
     open_clip.add_model_config(str(OPEN_CLIP))
     scripts = DATA / "extensions/tiny-openclip/scripts"
     scripts.mkdir(parents=True, exist_ok=True)
     # In the host, and in any process that has the folder on its PYTHONPATH.
     for path in (scripts / "register.py", OPEN_CLIP / "sitecustomize.py"):
-        path.write_text(f"import open_clip\nopen_clip.add_model_config({str(OPEN_CLIP)!r})\n")
+        path.write_text(f"import open_clip\nopen_clip.add_model_config({str(OPEN_CLIP)!r})\n", "utf-8")
 
 
 VAE = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 32,

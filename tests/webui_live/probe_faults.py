@@ -13,6 +13,7 @@ import threading
 import traceback
 from pathlib import Path
 
+import psutil
 import torch
 from modules import script_callbacks
 
@@ -102,7 +103,7 @@ def resources():
     return {
         "ours": sum(in_our_code(traceback.extract_stack(frame)) for frame in frames),
         "threads": sorted(t.name for t in threading.enumerate() if not re.search("worker|tqdm", t.name)),
-        "rss": int(Path("/proc/self/statm").read_text().split()[1]) * 4096,
+        "rss": psutil.Process().memory_info().rss,
     }
 
 

@@ -30,7 +30,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     for name in PICTURES:
         shutil.copy(REPOSITORY / "demo/images" / f"{name}-flat.webp", folder)
-        (folder / f"{name}-flat.txt").write_text(f"a {name}, flat drawing")
+        (folder / f"{name}-flat.txt").write_text(f"a {name}, flat drawing", "utf-8")
     return folder
 
 

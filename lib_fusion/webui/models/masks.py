@@ -18,6 +18,7 @@ from modules import images, paths, shared
 from PIL import Image
 
 from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.files import write_whole
 from lib_fusion.fusion.places import Places, make_places, read_boxes, read_mask
 from lib_fusion.requests.settings import PAINTED, ExpertSettings, FusionSettings
 
@@ -126,10 +127,8 @@ def _keep(mask: torch.Tensor) -> str:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(exist_ok=True)
-        image.save(partial, "PNG")
-        partial.replace(path)
+        write_whole(path, lambda partial: image.save(partial, "PNG"), partial)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise FusionError(f"{FOLDER}: the mask can't be written ({error}); make room or allow writing") from error
     return digest
 

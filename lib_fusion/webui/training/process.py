@@ -19,6 +19,7 @@ from typing import Any
 
 from lib_fusion.cli import COMMANDS, build_parser, read_device, run_cache
 from lib_fusion.errors import FusionError, is_out_of_memory
+from lib_fusion.files import read_text, write_whole
 from lib_fusion.training.jobs import JOB, STATE, Job, write_json
 
 #: What may help where memory does not suffice.
@@ -27,7 +28,7 @@ MEMORY_HINT = "a smaller batch size or more accumulate, bfloat16, or activation 
 
 def run(folder: Path) -> int:
     """All commands of a job; 0 where it came to its end. An error is written into its state, and is its last word."""
-    job = Job(**json.loads((folder / JOB).read_text("utf-8"))["job"])
+    job = Job(**json.loads(read_text(folder / JOB))["job"])
     sys.path.extend(job.paths)
     stage = ""
 
@@ -67,12 +68,7 @@ def run(folder: Path) -> int:
 
 def publish(source: Path, target: Path) -> None:
     """Puts a copy where the panel finds it; never half of one."""
-    partial = target.with_suffix(".partial")
-    try:
-        shutil.copyfile(source, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(target, lambda partial: shutil.copyfile(source, partial))
 
 
 def describe(error: Exception) -> str:
