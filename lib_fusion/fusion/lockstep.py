@@ -9,7 +9,7 @@ turns its own features into a prediction, and the predictions are aggregated (as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,12 +53,14 @@ class Lockstep:
     """Model 0 is ``unet``, 1.. are ``experts`` (one may be ``unet`` itself, with another text).
 
     ``aggregators``: one a point, or a single one (a control) for all. Inert but inside ``running``. ``on_maps`` is
-    called with each point's index and its attention maps (B,N,H,W).
+    called with each point's index and its attention maps (B,N,H,W). An expert's block runs within ``held(block)``,
+    where a host can bring weights that wait elsewhere.
     """
 
     def __init__(
         self, unet: UNetLike, experts: Sequence[UNetLike], aggregators: nn.ModuleList | nn.Module,
         on_maps: Callable[[int, torch.Tensor], None] | None = None,
+        held: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
     ) -> None:  # fmt: skip
         channels = point_channels(unet)
         for i, expert in enumerate(experts, start=1):
@@ -66,7 +68,7 @@ class Lockstep:
                 raise FusionError(f"model {i} of the lockstep has other blocks than model 0")
         if isinstance(aggregators, nn.ModuleList) and len(aggregators) != len(channels):
             raise FusionError(f"{len(aggregators)} aggregators for a U-Net of {len(channels)} aggregation points")
-        self.unet, self.experts, self.on_maps = unet, list(experts), on_maps
+        self.unet, self.experts, self.on_maps, self.held = unet, list(experts), on_maps, held
         self.aggregators = aggregators
         self._layouts: list[Layout] = [read_layout(expert) for expert in self.experts]
         self._texts: tuple[Sequence[torch.Tensor], torch.Tensor, Sequence[torch.Tensor | None]] | None = None
@@ -120,7 +122,7 @@ class Lockstep:
         self.totals = []
         own_vector = args[3] if len(args) > 3 else kwargs.get("y")
         models = zip([unet, *self.experts], [own_vector, *self._texts[2]], strict=True)
-        embeddings = [embed(model, timesteps, vector) for model, vector in models]
+        embeddings = [embed(model, timesteps, vector, self.held) for model, vector in models]
         self._mean_embedding = torch.stack([e.to(embeddings[0]) for e in embeddings]).mean(dim=0)
         self._embeddings = embeddings[1:]
 
@@ -138,7 +140,8 @@ class Lockstep:
         outputs = []
         for layout, embedding, context in zip(self._layouts, self._embeddings, self._texts[0], strict=True):
             block = layout.points[index].module
-            outputs.append(block.forward(h.to(embedding.dtype), embedding, context.to(embedding.dtype)))
+            with self.held(block):
+                outputs.append(block.forward(h.to(embedding.dtype), embedding, context.to(embedding.dtype)))
         return outputs
 
     def _aggregate(self, index: int, outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -175,16 +178,26 @@ class Lockstep:
             return None
         if len(self._last) != len(self.experts) or len(self.totals) != len(self._layouts[0].points) - 1:
             raise FusionError(f"AFA could not act: {ELSEWHERE}; switch that or AFA off")
-        own = [expert.out.forward(h) for expert, h in zip(self.experts, self._last, strict=True)]
+        own = []
+        for expert, h in zip(self.experts, self._last, strict=True):
+            with self.held(expert.out):
+                own.append(expert.out.forward(h))
         return self._aggregate(len(self._layouts[0].points) - 1, [output, *own])
 
 
-def embed(unet: UNetLike, timesteps: torch.Tensor, vector: torch.Tensor | None = None) -> torch.Tensor:
+def embed(
+    unet: UNetLike, timesteps: torch.Tensor, vector: torch.Tensor | None = None,
+    held: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+) -> torch.Tensor:  # fmt: skip
     """A U-Net's time embedding (B,E) of timesteps (B,), with its label embedding of SDXL's vector (B,V)."""
-    dtype = unet.time_embed[0].weight.dtype
-    width = unet.time_embed[0].in_features
-    embedding = unet.time_embed(timestep_embedding(timesteps, width).to(dtype))
-    return embedding if vector is None else embedding + unet.label_emb(vector.to(dtype))
+    first = unet.time_embed[0]
+    dtype = first.weight.dtype if first.weight.dtype.itemsize > 1 else torch.float32  # in float8 nothing computes
+    with held(unet.time_embed):
+        embedding = unet.time_embed(timestep_embedding(timesteps, first.in_features).to(dtype))
+    if vector is None:
+        return embedding
+    with held(unet.label_emb):
+        return embedding + unet.label_emb(vector.to(dtype))
 
 
 def mean_context(contexts: Sequence[torch.Tensor]) -> torch.Tensor:

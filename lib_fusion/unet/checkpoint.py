@@ -5,8 +5,9 @@ A file's kind follows from its tensors' names and shapes; only its header is rea
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,14 @@ FOREIGN = (
     ("down_blocks.", "a model in diffusers' format"),
     ("emb_params", "a textual inversion embedding"),
 )
+
+
+#: The format's names of dtypes (https://github.com/huggingface/safetensors).
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,20 +70,39 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
 
-    def read(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """The tensors whose names start with ``prefix``, without it; copies on the CPU, floats cast to ``dtype``."""
-        # safetensors returns unaligned views of the mapped file: copy them.
-        tensors = {}
+    def stream(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors whose names start with ``prefix``, by their names without it, in the order of the file.
+
+        Each is read into memory of its own when it is asked for, so a caller that moves or casts it at once holds one
+        copy of the part and one tensor more; a mapped file would count as a second copy. Raises CheckpointError.
+        """
         try:
-            with safe_open(self.path, framework="pt") as file:
-                for key in self.shapes:
+            with self.path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+                entries = [(key, entry) for key, entry in header.items() if key in self.shapes]
+                for key, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
                     if key.startswith(prefix):
-                        value = file.get_tensor(key)
-                        cast = dtype if dtype and value.is_floating_point() else value.dtype
-                        tensors[key[len(prefix) :]] = value.to(cast, copy=True)
-        except (SafetensorError, OSError, NotImplementedError) as error:  # the last: a dtype that torch can't cast
+                        start, stop = entry["data_offsets"]
+                        data = torch.empty(stop - start, dtype=torch.uint8)
+                        file.seek(8 + size + start)
+                        if file.readinto(data.numpy().data) != stop - start:
+                            raise ValueError("truncated")
+                        yield key[len(prefix) :], data.view(DTYPES[entry["dtype"]]).view(self.shapes[key])
+        except KeyError as error:
+            raise CheckpointError(f"{self.path}: can't be read (tensors of the type {error})") from error
+        except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{self.path}: can't be read ({error})") from error
-        return tensors
+
+    def read(self, prefix: str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """The tensors whose names start with ``prefix``, without it; on the CPU, floats cast to ``dtype``."""
+        try:
+            return {
+                key: value.to(dtype if dtype and value.is_floating_point() else value.dtype)
+                for key, value in self.stream(prefix)
+            }
+        except NotImplementedError as error:  # a dtype that torch can't cast
+            raise CheckpointError(f"{self.path}: can't be read ({error})") from error
 
     @cached_property
     def unet_prefix(self) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import html
 from typing import Any
 
+from modules import devices, sd_models
+
 from lib_fusion.errors import FusionError
 from lib_fusion.log import logger
 from lib_fusion.webui.models.aggregators import AggregatorCache
 from lib_fusion.webui.models.conditioning import TextCache
 from lib_fusion.webui.models.experts import ExpertCache
+from lib_fusion.webui.models.placement import home_of
 from lib_fusion.webui.sampling.hooked_pass import FusionPass
 
 
@@ -39,6 +42,15 @@ class Runtime:
         self.experts.free()
         self.texts.free()
         self.aggregators.free()
+        devices.torch_gc()
+
+    def settle(self) -> None:
+        """Moves all that is loaded to where the settings let it wait; not while a picture is being made."""
+        sd_model = sd_models.model_data.sd_model
+        if self.current is None and sd_model is not None:
+            for cache in (self.experts, self.texts, self.aggregators):
+                cache.settle(home_of(sd_model))
+            devices.torch_gc()
 
     def close(self) -> None:
         """The UI is reloaded, and this module with it."""

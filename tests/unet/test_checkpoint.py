@@ -1,13 +1,15 @@
 """Checkpoint files: what they are told to be, what is read of them, and how unusable ones are refused."""
 
+import io
+import weakref
+from pathlib import Path
+
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
-import lib_fusion.unet.checkpoint
 from lib_fusion.errors import CheckpointError
-from lib_fusion.unet.checkpoint import UNET_PREFIX, VAE_PREFIX, Checkpoint
+from lib_fusion.unet.checkpoint import DTYPES, UNET_PREFIX, VAE_PREFIX, Checkpoint
 from lib_fusion.unet.model import load_unet
 from tests.helpers import SMALL, random_inputs, random_weights
 
@@ -37,31 +39,41 @@ def test_kind(save, architecture, prefix):
 
 
 def test_load_unet_reads_its_own_tensors_only(save, monkeypatch):
-    read = []
+    sizes = []
 
-    def recording(*args, **kwargs):
-        file = safe_open(*args, **kwargs)
-
-        class Recorder:
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *args):
-                pass
-
-            def __getattr__(self, name):
-                return getattr(file, name)
-
-            def get_tensor(self, name):
-                read.append(name)
-                return file.get_tensor(name)
-
-        return Recorder()
+    class Recorder(io.FileIO):
+        def readinto(self, buffer):
+            sizes.append(memoryview(buffer).nbytes)
+            return super().readinto(buffer)
 
     path = save(whole())
-    monkeypatch.setattr(lib_fusion.unet.checkpoint, "safe_open", recording)
+    monkeypatch.setattr(Path, "open", lambda path, mode: Recorder(path, mode))
     load_unet(path)
-    assert sorted(read) == sorted(UNET_PREFIX + name for name in random_weights(SMALL["sd1"]))
+    own = random_weights(SMALL["sd1"]).values()
+    assert sorted(sizes) == sorted(value.numel() * value.element_size() for value in own)
+
+
+def test_a_part_is_in_memory_once_and_one_tensor_more(save):
+    """Of what is streamed, nothing is held; of a mapped file all pages that were read would count."""
+    part = {f"{UNET_PREFIX}{i}": torch.full((64, 64), float(i)) for i in range(20)}
+    file = Checkpoint.open(save({**part, "other": torch.zeros(3)}))
+    held = []
+    for key, value in file.stream(UNET_PREFIX):
+        held.append(weakref.ref(value.untyped_storage()))
+        assert torch.equal(value, part[UNET_PREFIX + key])
+        del value
+        assert sum(ref() is not None for ref in held[:-1]) == 0
+    assert len(held) == len(part)
+
+
+def test_stream_knows_all_dtypes_of_the_format(save):
+    numbers = {str(dtype): torch.tensor([[0, 1, 2]]).to(dtype) for dtype in DTYPES.values()}
+    numbers["none"], numbers["one"] = torch.zeros(0, 3), torch.tensor(5.0)
+    read = dict(Checkpoint.open(save(numbers)).stream(""))
+    assert set(read) == set(numbers)
+    for key, value in numbers.items():
+        assert (read[key].dtype, read[key].shape) == (value.dtype, value.shape)
+        assert torch.equal(read[key].float(), value.float())
 
 
 @pytest.mark.parametrize("architecture", SMALL)

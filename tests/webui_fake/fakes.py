@@ -173,6 +173,7 @@ PRESENT = ("modules.sd_models:checkpoint_aliases", "modules.sd_models:checkpoint
            "modules.processing:get_fixed_seed", "modules.images:save_image", "modules.images:image_grid",
            "modules.images:draw_grid_annotations", "modules.images:GridAnnotation",
            "modules.images:get_font", "modules.shared:cmd_opts.hide_ui_dir_config",
+           "modules.shared:cmd_opts.opt_channelslast", "modules.sd_models:model_data.sd_model",
            "modules.paths:paths", "modules.ui_components:DropdownEditable")  # fmt: skip
 
 

@@ -294,7 +294,8 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
         "step:Step.fuse", "step:Step._predict", "rows:Rows.combine")],
     *[("lib_fusion.fusion.blend:Blend._log_maps", call, TWO, {}) for call in (1, 2)],  # until the mask is held
     (S + "contexts:Context.slice", 2, TWO, {}),
-    (S + "host_step:moved", 2, TWO, {"settings": {"denoiser_fusion_place": "RAM between U-Net calls"}}),
+    *[(L + f"placement:{name}", 2, TWO, {"settings": {"denoiser_fusion_place": "RAM between U-Net calls"}})
+      for name in ("bring", "put_back")],
     # AFA's hooks
     *[(U + f"lockstep:Lockstep.{name}", call, UNIFORM, {}) for call in (1, 3) for name in (
         "_begin", "_run_experts", "_aggregate", "_keep_last", "_out", "_end", "_forget", "running")],

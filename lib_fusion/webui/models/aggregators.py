@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from modules import devices, paths, sd_models
 from torch import nn
 
@@ -18,6 +19,7 @@ from lib_fusion.log import log_loaded, logger
 from lib_fusion.methods import afa
 from lib_fusion.requests.infotext import NO_CHECKPOINT
 from lib_fusion.requests.settings import MAX_EXPERTS, ExpertSettings, FusionSettings
+from lib_fusion.webui.models.placement import holder, settle
 
 FOLDER = "denoiser-fusion"
 #: The folder therein that trainings keep their state in; no aggregator files for use.
@@ -111,6 +113,10 @@ class AggregatorCache:
                 self._warn_of_other_models(path, models)
         return self._loaded.to(devices.device)
 
+    def settle(self, device: torch.device) -> None:
+        if self._loaded is not None:
+            settle(self._loaded, device)
+
     def free(self) -> None:
         self._key = self._loaded = None
 
@@ -136,4 +142,5 @@ def make_lockstep(
         aggregators = afa.one_hot(count, settings.only_model).to(devices.device)
     else:
         raise SettingError("afa_maps", settings.afa_maps, f"allowed: one of the {count} models")
-    return Lockstep(unet, [expert.unet or unet for expert in experts], aggregators)
+    held = holder(expert.unet for expert in experts if expert.unet is not None)
+    return Lockstep(unet, [expert.unet or unet for expert in experts], aggregators, held=held)

@@ -7,21 +7,23 @@ BREAK, AND, embeddings and clip skip work as they do for the base, and the base'
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from modules import devices, extra_networks, lowvram, prompt_parser, sd_models_xl, shared
+from modules import devices, extra_networks, prompt_parser, sd_models_xl, shared
 from torch import nn
 
 from lib_fusion.errors import SettingError
 from lib_fusion.log import log_loaded
-from lib_fusion.requests.settings import ExpertSettings
+from lib_fusion.requests.settings import MAX_EXPERTS, ExpertSettings
 from lib_fusion.webui.models.experts import Expert, ExpertKey, is_base, kind_of_model, make_key
+from lib_fusion.webui.models.placement import home_of, on_device, settle, waits_in_ram
 from lib_fusion.webui.models.text_encoders import build_encoder, clone_encoder, share_embeddings
 
-#: How many sets of conditionings are kept: both passes of two experts.
-KEPT = 4
+#: How many sets of conditionings are kept: both passes of all experts.
+KEPT = 2 * MAX_EXPERTS
 #: Brackets in an expert's prompt. The host's reader of prompts takes minutes and gigabytes for some thousand.
 MOST_BRACKETS = 200
 
@@ -52,8 +54,13 @@ class TextCache:
         self._encoders: OrderedDict[tuple[ExpertKey, Any], nn.Module] = OrderedDict()
         self._kept: list[tuple[Any, Conditioning]] = []  # newest last; keys compare as the host compares its own
 
-    def encode(self, p: Any, loaded: Expert, expert: ExpertSettings, field: str) -> Conditioning | None:
-        """The conditionings of this pass for an expert; None: exactly the base's."""
+    def encode(
+        self, p: Any, loaded: Expert, expert: ExpertSettings, field: str, needed: int = 1
+    ) -> Conditioning | None:
+        """The conditionings of this pass for an expert; None: exactly the base's.
+
+        ``needed``: how many experts of the pass have an encoder of their own; that many are kept in any case.
+        """
         info = loaded.info
         own_encoder = expert.text_encoder == "own" and not is_base(info, expert, p.sd_model)
         if not own_encoder and not expert.prompt and not expert.negative_prompt:
@@ -71,10 +78,15 @@ class TextCache:
             with devices.autocast():
                 model = p.sd_model
                 if own_encoder:
-                    model = self._own(loaded, encoder_key, p.sd_model, f"{field}.text_encoder")
+                    model = self._own(loaded, encoder_key, p.sd_model, f"{field}.text_encoder", needed)
                 found = encode(model, prompts, negatives, steps, hires_steps, p.sd_model)
             self._kept = [*self._kept, (key, found)][-KEPT:]
         return found
+
+    def settle(self, device: torch.device) -> None:
+        """Moves all encoders to the device, or to RAM."""
+        for encoder in self._encoders.values():
+            settle(encoder, device)
 
     def free(self) -> None:
         self._encoders.clear()
@@ -84,14 +96,14 @@ class TextCache:
     def bytes(self) -> int:
         return sum(p.numel() * p.element_size() for encoder in self._encoders.values() for p in encoder.parameters())
 
-    def _own(self, loaded: Expert, key: ExpertKey, sd_model: nn.Module, field: str) -> OwnEncoder:
+    def _own(self, loaded: Expert, key: ExpertKey, sd_model: nn.Module, field: str, needed: int) -> OwnEncoder:
         is_sdxl = hasattr(sd_model, "conditioner")
         source = sd_model.conditioner if is_sdxl else sd_model.cond_stage_model
         is_other = loaded.model.kind != kind_of_model(sd_model).kind
         # A clone shares the structure that the host built for this base, so another base needs another clone.
         full_key = (key, None if is_other else id(source))
         if full_key not in self._encoders:
-            limit = max(int(shared.opts.data.get("denoiser_fusion_cache", 1)), 1)
+            limit = max(int(shared.opts.data.get("denoiser_fusion_cache", 1)), needed)
             while len(self._encoders) >= limit:
                 self._encoders.popitem(last=False)
             if is_other:
@@ -100,18 +112,12 @@ class TextCache:
                 prefix = "conditioner." if is_sdxl else "cond_stage_model."
                 encoder = clone_encoder(source, loaded.info, prefix, key.loras, field)
             self._encoders[full_key] = encoder
-            device = devices.cpu if waits_in_ram(sd_model) else devices.device  # after its first text
-            log_loaded(f"expert {loaded.info.name}, its text encoder", encoder, device)
+            log_loaded(f"expert {loaded.info.name}, its text encoder", encoder, home_of(sd_model))
         self._encoders.move_to_end(full_key)
         encoder = self._encoders[full_key]
         if is_other:
             share_embeddings(encoder)
         return OwnEncoder(encoder, is_sdxl)
-
-
-def waits_in_ram(sd_model: nn.Module) -> bool:
-    """Whether own encoders are on the CPU between texts: the host's own is, or the experts are."""
-    return lowvram.is_enabled(sd_model) or shared.opts.data.get("denoiser_fusion_place", "GPU") != "GPU"
 
 
 def old_scheduling() -> bool:
@@ -151,15 +157,13 @@ def encode(
     model: Any, prompts: Any, negatives: Any, steps: int, hires_steps: int | None, sd_model: nn.Module
 ) -> Conditioning:
     """Encodes as the host does, on its device."""
-    moved = isinstance(model, OwnEncoder) and waits_in_ram(sd_model)
-    if isinstance(model, OwnEncoder):
-        model.conditioner.to(devices.device)
-    try:
+    own = model.conditioner if isinstance(model, OwnEncoder) else None
+    if own is not None and not waits_in_ram(sd_model):
+        settle(own, devices.device)
+        own = None
+    with nullcontext() if own is None else on_device(own):
         schedule = (steps, hires_steps, old_scheduling())
         uncond = prompt_parser.get_learned_conditioning(model, negatives, *schedule)
         cond = prompt_parser.get_multicond_learned_conditioning(model, prompts, *schedule)
         empty = model.get_learned_conditioning([""])
-    finally:
-        if moved:
-            model.conditioner.to(devices.cpu)
     return Conditioning(cond, uncond, empty["crossattn"] if isinstance(empty, dict) else empty)

@@ -23,6 +23,7 @@ from lib_fusion.errors import CheckpointError, FusionError, SettingError
 from lib_fusion.log import log_loaded
 from lib_fusion.requests.settings import ExpertSettings
 from lib_fusion.unet.checkpoint import UNET_PREFIX, Checkpoint, unet_kind
+from lib_fusion.webui.models.placement import home_of, settle
 
 #: Tensor names without prefix, and their shapes.
 Shapes = Mapping[str, tuple[int, ...]]
@@ -101,7 +102,7 @@ class ExpertCache:
                 experts.append(Expert(info, model))
                 continue
             if key not in self._experts:
-                unet = load_unet(info)
+                unet = load_unet(info, home_of(sd_model), key.loras)
                 if key.loras:
                     copy_layer_names(sd_model.model.diffusion_model, unet)
                 self._experts[key] = Expert(info, model, unet)
@@ -112,7 +113,11 @@ class ExpertCache:
 
     def free(self) -> None:
         self._experts.clear()
-        devices.torch_gc()
+
+    def settle(self, device: torch.device) -> None:
+        """Moves all loaded U-Nets to where they wait."""
+        for expert in self._experts.values():
+            settle(expert.unet, device)
 
     def sizes(self) -> list[tuple[str, int]]:
         """(name, bytes) of what is loaded. The page asks for it at any time, so of a list as it is now."""
@@ -286,38 +291,44 @@ def read_config(info: Any, weights: dict[str, torch.Tensor]) -> Any:
     return config.model.params
 
 
-def load_unet(info: Any) -> nn.Module:
-    """The checkpoint's U-Net alone, in the host's class, on the host's device and in its dtype, ready to run.
+def load_unet(info: Any, device: torch.device, loras: bool = False) -> nn.Module:
+    """The checkpoint's U-Net alone, in the host's class and its dtype, on ``device``, ready to run.
 
-    Raises CheckpointError, also where a weight is not a finite number in that dtype.
+    Each tensor is cast, checked and moved as it is read, so the U-Net is in memory once. ``loras``: whether the LoRAs
+    of the picture's prompt will act on it. Raises CheckpointError, also where a weight is not a finite number in that
+    dtype.
     """
-    weights = read_weights(info)
     with built_as_told(info):
-        params = read_config(info, weights)
+        params = read_config(info, read_weights(info))
         node = params.network_config if "network_config" in params else params.unet_config
-    dtype = devices.dtype_unet
-    # Weights of a mapped file are not aligned, and stay mapped where no cast copies them.
-    own = {
-        key[len(UNET_PREFIX) :]: value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
-        for key, value in weights.items()
-        if key.startswith(UNET_PREFIX)
-    }
     no_init = sd_disable_initialization.DisableInitialization(), sd_disable_initialization.InitializeOnMeta()
     with built_as_told(info), no_init[0], no_init[1]:
         unet = sd_models.get_obj_from_str(node.target)(**OmegaConf.to_container(node.params, resolve=True))
-    wanted = {key: value.shape for key, value in unet.state_dict().items()}
-    wrong = [key for key, shape in wanted.items()
-             if key not in own or own[key].shape != shape or not own[key].is_floating_point()]  # fmt: skip
-    if wrong:
-        problem = "tensors of its U-Net are not there, not numbers, or of another shape than its .yaml says"
-        raise CheckpointError(f"{info.name}: {len(wrong)} {problem}, such as {wrong[0]}")
-    unet.load_state_dict({key: own[key] for key in wanted}, assign=True)
     unet.eval().requires_grad_(False)
-    unet.dtype = dtype
-    check_finite(unet.to(devices.device), info.name)
-    if devices.fp8:
-        store_in_fp8(unet)
-    return unet.to(devices.device)
+    unet.dtype = devices.dtype_unet
+    wanted = {key: value.shape for key, value in unet.state_dict().items()}
+    layers = rounded_layers(unet) if devices.fp8 else {}
+    own: dict[str, torch.Tensor] = {}
+    totals: dict[str, torch.Tensor] = {}
+    for key, value in Checkpoint.open(info.filename).stream(UNET_PREFIX):
+        if value.shape == wanted.get(key) and value.is_floating_point():
+            value = arrange(value.to(device, unet.dtype))
+            totals[key] = value.to(devices.device).sum(dtype=torch.float32)
+            own[key] = value if key not in layers else in_fp8(layers[key], key, value, loras)
+    lacking = [key for key in wanted if key not in own]
+    if lacking:
+        problem = "tensors of its U-Net are not there, not numbers, or of another shape than its .yaml says"
+        raise CheckpointError(f"{info.name}: {len(lacking)} {problem}, such as {lacking[0]}")
+    check_finite(totals, info.name, unet.dtype)
+    unet.load_state_dict(own, assign=True)
+    return unet.requires_grad_(False)
+
+
+def arrange(value: torch.Tensor) -> torch.Tensor:
+    """A weight in the order of numbers that the host's flag --opt-channelslast wants of its own model's."""
+    if shared.cmd_opts.opt_channelslast and value.ndim == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
 
 
 @contextmanager
@@ -332,28 +343,45 @@ def built_as_told(info: Any) -> Iterator[None]:
         raise CheckpointError(f"{info.name}: {problem}") from error
 
 
-def check_finite(unet: nn.Module, name: str) -> None:
+def check_finite(totals: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype) -> None:
     """Raises CheckpointError where a weight is infinite or not a number: such a model draws noise or black.
 
-    A sum shows it, and takes no second copy of the weights; it is read once for all of them.
+    ``totals``: the sum of each tensor in float32, which shows it. All of them are read at once.
     """
-    totals = {key: value.sum(dtype=torch.float32) for key, value in unet.state_dict().items()}
     finite = torch.stack(list(totals.values())).isfinite().tolist()
     broken = [key for key, is_finite in zip(totals, finite) if not is_finite]
     if broken:
         problem = f"{len(broken)} tensors of its U-Net hold infinite values or NaN, such as {broken[0]}"
-        raise CheckpointError(f"{name}: {problem}; the file is broken, or not made for {unet.dtype}")
+        raise CheckpointError(f"{name}: {problem}; the file is broken, or not made for {dtype}")
 
 
-def store_in_fp8(unet: nn.Module) -> None:
-    """Rounds the layers that the host's setting "FP8 weight" rounds; they compute in the host's own precision."""
-    for layer in unet.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            if shared.opts.cache_fp16_weight:  # what LoRAs are added to
-                layer.fp16_weight = layer.weight.data.clone().cpu().half()
-                if layer.bias is not None:
-                    layer.fp16_bias = layer.bias.data.clone().cpu().half()
-            layer.to(torch.float8_e4m3fn)
+def rounded_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that the host's setting "FP8 weight" rounds, by the names of their weights."""
+    return {
+        f"{path}.{name}": layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+        for name in layer._parameters
+    }
+
+
+def in_fp8(layer: nn.Module, key: str, value: torch.Tensor, loras: bool) -> torch.Tensor:
+    """A layer's weight or bias rounded; it computes in the host's own precision.
+
+    Where LoRAs act on it, the layer keeps what they are added to, as the host's own layers do.
+    """
+    if loras and shared.opts.cache_fp16_weight:
+        setattr(layer, f"fp16_{key.rpartition('.')[2]}", value.to(devices.cpu, torch.half, copy=True))
+    return value.to(torch.float8_e4m3fn)
+
+
+def store_in_fp8(model: nn.Module, loras: bool) -> None:
+    """Rounds a model's layers as the host does where its setting "FP8 weight" is on."""
+    for key, layer in rounded_layers(model).items():
+        name = key.rpartition(".")[2]
+        if layer._parameters[name] is not None:
+            value = in_fp8(layer, key, layer._parameters[name].data, loras)
+            layer._parameters[name] = nn.Parameter(value, requires_grad=False)
 
 
 def copy_layer_names(source: nn.Module, target: nn.Module) -> None:

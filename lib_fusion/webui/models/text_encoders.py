@@ -73,7 +73,7 @@ def build_encoder(info: Any, field: str) -> nn.Module:
     encoder = wrapper(encoder, hijack).eval().to(devices.dtype_unet)
     put_weights(encoder, weights, "cond_stage_model.", info.name, field, OTHER)
     if devices.fp8:
-        store_in_fp8(encoder)
+        store_in_fp8(encoder, loras=False)
     return encoder
 
 
@@ -130,14 +130,16 @@ def put_weights(
     lacking = sum(key not in weights for _, _, key in wanted)
     if lacking:
         logger.debug("%s lacks %d tensors of its text encoder, which it never uses; they are zero", name, lacking)
-    for module, key, source in wanted:
-        old = module._parameters[key]
+    for module, name_, source in wanted:
+        old = module._parameters[name_]
         value = weights.get(source, torch.zeros(old.shape))
         if old.shape != value.shape:
             raise SettingError(field, "own", f"{source} has another shape in {name} than it should have; {allowed}")
         value = value.to(devices.cpu, devices.dtype_unet) if devices.fp8 else value
+        if hasattr(module, f"fp16_{name_}"):  # what LoRAs are added to; a clone has the base's
+            setattr(module, f"fp16_{name_}", value.to(torch.half, copy=True))
         value = value.to(device=devices.cpu, dtype=old.dtype, copy=True)
-        module._parameters[key] = nn.Parameter(value, requires_grad=False)
+        module._parameters[name_] = nn.Parameter(value, requires_grad=False)
     put_positions(encoder, weights, find)
 
 

@@ -32,9 +32,9 @@ from lib_fusion.requests.settings import (
     SKIP_PRESETS,
 )
 from lib_fusion.webui.models import aggregators, experts
+from lib_fusion.webui.models.placement import PLACE_OPTION, PLACES
 from lib_fusion.webui.runtime import runtime
 from lib_fusion.webui.sampling.hooked_pass import PREVIEW_OPTION
-from lib_fusion.webui.sampling.host_step import PLACES
 
 FREEU_ON = ("Auto", *FREEU_PUBLISHED, "Custom")
 #: The setting by which pasted settings switch the panel.
@@ -437,13 +437,14 @@ def add_options() -> None:
         section=section,
     ).info("those of the running generation are always kept")  # fmt: skip
     place = shared.OptionInfo(
-        PLACES[0], "Where an expert waits", gr.Radio, {"choices": list(PLACES)}, section=section
+        PLACES[0], "Where an expert waits", gr.Radio, {"choices": list(PLACES)}, section=section,
+        onchange=call_queue.wrap_queued_call(runtime.settle),
     ).info("RAM spares GPU memory and costs time")
     paste = shared.OptionInfo(
         True, "Pasting a fused picture's settings switches the panel on", gr.Checkbox, section=section
     ).info("and those of a picture made without fusion switch it off")
     shared.opts.add_option("denoiser_fusion_cache", cache)
-    shared.opts.add_option("denoiser_fusion_place", place)
+    shared.opts.add_option(PLACE_OPTION, place)
     shared.opts.add_option(PASTE_OPTION, paste)
     for row in (*PREVIEW_PARAMETERS, *MAP_PARAMETERS):
         option = shared.OptionInfo(row.default, row.label, section=section).info(row.help)

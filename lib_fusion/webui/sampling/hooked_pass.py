@@ -24,9 +24,10 @@ from lib_fusion.requests.settings import MAP_PARAMETERS, PREVIEWS, FusionSetting
 from lib_fusion.unet.layout import read_layout
 from lib_fusion.webui.models.aggregators import AggregatorCache, make_lockstep
 from lib_fusion.webui.models.experts import Expert, kind_of_model
+from lib_fusion.webui.models.placement import PLACES, bring, chosen_place, put_back, settle, stream, waits_in_ram
 from lib_fusion.webui.sampling.contexts import Context
 from lib_fusion.webui.sampling.correcting import CORRECTORS
-from lib_fusion.webui.sampling.host_step import PLACES, Call, HostStep
+from lib_fusion.webui.sampling.host_step import Call, HostStep
 from lib_fusion.webui.sampling.levels import limits_of
 
 #: Settings of the previews: this and a name in PREVIEWS or a key of MAP_PARAMETERS.
@@ -53,7 +54,6 @@ class FusionPass:
         self.session = FusionSession(settings, places or Places(), wanted_records(), kinds, guidance_scale)
         if settings.skip_passes == ("first" if is_hires else "hires"):
             self.session.skips = None
-        self.place = shared.opts.data.get("denoiser_fusion_place", PLACES[0])
         self.refined = False
         self.original: Callable[..., torch.Tensor] = sd_model.apply_model
         self._failure: Exception | None = None
@@ -85,11 +85,14 @@ class FusionPass:
         for freeu in dict.fromkeys(self.session.freeu):
             acted_on = [unet for unet, its in zip(unets, self.session.freeu) if its is freeu]
             self._hooks.append(attach_freeu([p for unet in acted_on for p in read_layout(unet).decoder], freeu))
-        for expert in self.experts:
-            if expert.unet is not None:
-                set_tiling(expert.unet, model_hijack.circular_enabled)
-                if self.place != PLACES[2]:
-                    expert.unet.to(devices.device)
+        for unet in self._own_unets():
+            set_tiling(unet, model_hijack.circular_enabled)
+            if chosen_place() == PLACES[2]:
+                self._hooks.append(stream(unet))
+            elif waits_in_ram(self.sd_model):
+                bring(unet)
+            else:
+                settle(unet, devices.device)
 
     def detach(self) -> None:
         """Takes everything off; the wrapper stays inert where someone else has wrapped it since."""
@@ -103,10 +106,15 @@ class FusionPass:
             else:
                 self.sd_model.apply_model = self._previous
         self._wrapper = self._previous = None  # a pass that refers to itself would keep its experts
-        if self.place != PLACES[0] or getattr(self.sd_model, "lowvram", False):
-            for expert in self.experts:
-                if expert.unet is not None:
-                    expert.unet.to(devices.cpu)
+        if waits_in_ram(self.sd_model):
+            for unet in self._own_unets():
+                put_back(unet)
+            if self.aggregators is not None:
+                self.aggregators.settle(devices.cpu)
+
+    def _own_unets(self) -> list[nn.Module]:
+        """The experts' U-Nets, each once, without the base's."""
+        return list(dict.fromkeys(expert.unet for expert in self.experts if expert.unet is not None))
 
     def fail(self, error: Exception) -> None:
         """Ends the pass with an error of a place where the host would swallow it: the next model call raises it."""

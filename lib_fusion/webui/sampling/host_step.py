@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from modules import devices, shared
+from modules import shared
 from torch import nn
 
 from lib_fusion.errors import FusionError
@@ -32,9 +32,6 @@ from lib_fusion.webui.sampling.levels import alpha_of, has_timesteps, leaves_out
 
 if TYPE_CHECKING:
     from lib_fusion.webui.sampling.hooked_pass import FusionPass
-
-#: Where an expert's U-Net waits.
-PLACES = ("GPU", "RAM between pictures", "RAM between U-Net calls")
 
 
 @dataclass(frozen=True)
@@ -144,10 +141,7 @@ class HostStep:
         conds = [strip_marker(call.cond), *(self._cond_of(model, call.cond, rows) for model in models[1:])]
         empty = fusion.sd_model.cond_stage_model_empty_prompt
         empties = [empty, *(empty if context is None else context.conditioning.empty for context in fusion.contexts)]
-        with (
-            moved([expert.unet for expert in fusion.experts] if fusion.place == PLACES[2] else []),
-            together(fusion.session.lockstep, conds, empties),
-        ):
+        with together(fusion.session.lockstep, conds, empties):
             return call.by(fusion.original)
 
     def _run_expert(self, call: Call, model: int, rows: Sequence[int]) -> torch.Tensor:
@@ -156,10 +150,7 @@ class HostStep:
         cond = self._cond_of(model, call.cond, rows)
         if expert.unet is None:
             return call.by(fusion.original, cond)
-        with (
-            moved([expert.unet] if fusion.place == PLACES[2] else []),
-            borrowed_forward(fusion.sd_model.model.diffusion_model, expert.unet),
-        ):
+        with borrowed_forward(fusion.sd_model.model.diffusion_model, expert.unet):
             raw = call.by(fusion.original, cond)
         if expert.model.prediction == fusion.model.prediction:
             return raw
@@ -185,19 +176,6 @@ def together(lockstep: Lockstep, conds: Sequence[dict[str, Any]], empties: Seque
     mean = mean_context(pad_alike(states, empties))
     with lockstep.running(states[1:], mean, [vector_of(cond) for cond in conds[1:]]):
         yield
-
-
-@contextmanager
-def moved(unets: Iterable[nn.Module | None]) -> Iterator[None]:
-    """U-Nets that wait in RAM are on the device within; None is the base's, which the host moves."""
-    own = [unet for unet in unets if unet is not None]
-    for unet in own:
-        unet.to(devices.device)
-    try:
-        yield
-    finally:
-        for unet in own:
-            unet.to(devices.cpu)
 
 
 def has_other_forward(unet: nn.Module) -> bool:

@@ -68,8 +68,9 @@ def prepare(runtime: Any, p: Any, settings: FusionSettings, masks: Masks, sample
         check_base(sd_model)
         experts = runtime.experts.acquire(infos, list(settings.experts), sd_model, settings.method == "AFA")
         contexts: list[Context | None] = []
+        needed = sum(expert.text_encoder == "own" for expert in settings.experts)
         for i, (loaded, expert) in enumerate(zip(experts, settings.experts)):
-            conditioning = runtime.texts.encode(p, loaded, expert, f"experts[{i}]")
+            conditioning = runtime.texts.encode(p, loaded, expert, f"experts[{i}]", needed)
             own = weights if conditioning is None else weights_of(conditioning.cond)
             if own != weights:
                 parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {own[0]}"
