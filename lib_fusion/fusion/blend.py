@@ -206,7 +206,7 @@ class Blend:
         for place, model in enumerate(competing):
             prior = self.places.prior(model, maps.shape[-2:], maps.device)
             if prior is not None:
-                maps[:, place : place + 1] += prior
+                maps[:, place : place + 1] = maps[:, place : place + 1] + prior
         if len(competing) == self.num_models:
             return maps
         batch, _, height, width = maps.shape

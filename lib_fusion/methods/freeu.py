@@ -122,7 +122,7 @@ def scale_backbone_(
         if normalised is None:
             window.mul_(factor)
         else:
-            window.mul_(1 + (factor - 1) * normalised)  # mul_ alone: other writes into slices are lost on MPS
+            window.mul_(1 + (factor - 1) * normalised)  # not addcmul_, whose writes into slices MPS may lose
     return h
 
 
@@ -179,19 +179,20 @@ class LowBand:
 
     def scale_(self, maps: torch.Tensor, low: float, high: float) -> torch.Tensor:
         """Scales the low part of (B,C,H,W) by ``low`` and the rest by ``high``, in place."""
-        wide = maps if maps.dtype == _wide(maps.dtype) else maps.to(_wide(maps.dtype))
+        wide = maps.to(_wide(maps.dtype))
         if self.waves is not None:
-            # Autocast leaves products alone that are written in place. In this order they are fastest on a CPU.
+            # Autocast leaves products alone that have a place to go. In this order they are fastest on a CPU.
             flat = wide.flatten(2)
             torch.bmm(self.waves, flat.transpose(1, 2), out=self._parts)
-            flat.baddbmm_(self._parts_turned, self.waves, beta=high, alpha=low - high)
+            scaled = torch.empty_like(flat, memory_format=torch.contiguous_format)
+            torch.baddbmm(flat, self._parts_turned, self.waves, beta=high, alpha=low - high, out=scaled)
         else:
             device = maps.device.type
             with torch.autocast(device, enabled=False) if device in AUTOCAST_DEVICES else nullcontext():
                 (re_a, im_a), (re_b, im_b) = self.axes
                 part = re_a @ (wide @ re_b.T) - im_a @ (wide @ im_b.T)
-            wide.mul_(high).add_(part, alpha=low - high)
-        return maps if wide is maps else maps.copy_(wide)
+            scaled = (wide * high).add_(part, alpha=low - high)
+        return maps.copy_(scaled.view(maps.shape))  # into a slice, only copy_ and mul_ are sure to write on MPS
 
 
 def _low_frequencies(size: int, cutoff: float) -> range:

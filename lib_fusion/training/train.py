@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -78,6 +79,7 @@ def train(
     device = torch.device(device)
     with _processes(device) as (rank, world):
         check_settings(s, world)
+        check_precision(s.precision, device)
         cache = Cache(folder)
         dtype = getattr(torch, s.precision)
         unets = load_models(checkpoints, cache, dtype, device)
@@ -117,6 +119,20 @@ def check_settings(s: TrainingSettings, world: int = 1) -> None:
         raise SettingError("heads", s.heads, f"allowed: a number that divides hidden ({s.hidden})")
     if s.hidden > 128 and s.hidden % 32:
         raise SettingError("hidden", s.hidden, "allowed: above 128, a multiple of 32")
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises SettingError for a precision that this torch cannot compute in on the device."""
+    if precision == "float32":
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # float16 on the CPU of torch before 2.3: switched off with a warning
+            torch.autocast(device.type, getattr(torch, precision))
+    except (RuntimeError, AssertionError, AttributeError, UserWarning) as error:  # by device and version of torch
+        others = "float32" if device.type != "cpu" else "float32, bfloat16"
+        allowed = f"allowed on {device.type} with torch {torch.__version__}: {others}"
+        raise SettingError("precision", precision, allowed) from error
 
 
 class _processes:  # noqa: N801 - a context manager that reads like a function

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lib_fusion.errors import FusionError
 from lib_fusion.fusion.aggregator_files import read_card, save_aggregators
 from lib_fusion.training.evaluate import evaluate
-from lib_fusion.training.train import train
+from lib_fusion.training.train import check_precision, train
 from tests.training.conftest import DEMO, MODELS, QUICK
 from tests.training.test_cache import small_disk  # noqa: F401
 from tests.training.test_train import losses
@@ -110,3 +111,27 @@ def test_disk_full_loses_nothing(small_disk: Path, data):  # noqa: F811
     train(data.cache, MODELS, whole, QUICK)
     assert losses(out) == losses(whole)
     assert all(torch.equal(value, load_file(whole)[key]) for key, value in load_file(out).items())
+
+
+@pytest.mark.parametrize("device", ["privateuseone", "cpu"])
+def test_a_precision_that_autocast_does_not_know_is_refused(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on MPS before torch 2.4 and on DirectML, and float16 on the CPU before 2.3."""
+    check_precision("float32", torch.device(device))
+    if device == "cpu":
+        check_precision("bfloat16", torch.device(device))
+
+        def autocast(*_: object) -> None:
+            warnings.warn("the target dtype is not supported. Disabling autocast.", stacklevel=1)
+
+        monkeypatch.setattr(torch, "autocast", autocast)
+    precision = "bfloat16" if device != "cpu" else "float16"
+    refused(
+        f"precision: '{precision}' is not allowed; allowed on {device} with torch .*: float32",
+        lambda: check_precision(precision, torch.device(device)),
+    )
+
+
+def test_training_checks_the_precision_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_: (_ for _ in ()).throw(RuntimeError("unsupported autocast")))
+    half = replace(QUICK, precision="float16")
+    refused("precision: ", lambda: train(tmp_path / "nothing", MODELS, tmp_path / "a.safetensors", half))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from modules import devices, paths, sd_models_config, shared
 from omegaconf import OmegaConf
 
@@ -20,7 +21,7 @@ from lib_fusion.training.options import (
     TRAINING_PARAMETERS,
     TrainingSettings,
 )
-from lib_fusion.training.train import check_settings
+from lib_fusion.training.train import check_precision, check_settings
 from lib_fusion.unet.checkpoint import VAE_PREFIX, Checkpoint
 from lib_fusion.webui.models import aggregators
 from lib_fusion.webui.models.experts import find_checkpoint, guess_config, prediction_of_config
@@ -58,8 +59,7 @@ def make_job(values: Mapping[str, Any], store: Jobs) -> Job:
     rows = read_rows(TRAINING_PARAMETERS, {row.key: values[row.key] for row in TRAINING_PARAMETERS})
     check_settings(TrainingSettings(**rows))
     device = str(devices.device)
-    if rows["precision"] == "float16" and device == "cpu":
-        raise SettingError("precision", "float16", "allowed on the CPU: float32, bfloat16")
+    check_precision(rows["precision"], torch.device(device))
     source = check_pictures("source", values["source"])
     held_out = check_pictures("held_out", values["held_out"]) if str(values["held_out"] or "").strip() else ""
     files, configs = check_models(values["models"] or [])
