@@ -5,11 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from tests import fake_cuda
-from tests.webui_live.host import REPOSITORY, NoHostError, environment, find_host
+from tests.webui_live.host import REPOSITORY, environment
+from tests.webui_live.needs import the_host
 
 
 def check_in(python: str) -> None:
@@ -23,10 +23,7 @@ def test_gradients_are_computed_on_it(cuda):
 
 
 def test_it_works_with_the_webuis_torch(cuda):
-    try:
-        _, python = find_host()
-    except NoHostError as error:
-        pytest.skip(str(error))
+    _, python = the_host()
     check_in(str(python))
 
 

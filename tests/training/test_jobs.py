@@ -55,7 +55,7 @@ def jobs(tmp_path: Path, monkeypatch) -> Iterator[Jobs]:
 
 def wait(jobs: Jobs, name: str = "pair", step: int | None = None) -> Status:
     """Until the job is over, or at a step."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 480
     while time.monotonic() < deadline:
         status = jobs.status(name)
         if status.phase != "running" or (step is not None and status.step >= step):

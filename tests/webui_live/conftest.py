@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.webui_live.client import Client
-from tests.webui_live.host import Host, NoHostError, copy_demo, find_host, make_checkpoints, prepare_data
+from tests.webui_live.host import Host, copy_demo, make_checkpoints, prepare_data
+from tests.webui_live.needs import the_host
 
 SETTINGS = {"samples_save": False, "grid_save": False, "do_not_show_images": False, "live_previews_enable": True,
             "show_progress_every_n_steps": 2, "lora_functional": False}  # fmt: skip
@@ -28,10 +29,7 @@ class Names:
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    try:
-        folder, python = find_host()
-    except NoHostError as error:
-        pytest.skip(str(error))
+    folder, python = the_host()
     data = tmp_path_factory.mktemp("webui")
     demo = prepare_data(data, SETTINGS)
     make_checkpoints(data, python, folder)
@@ -69,12 +67,16 @@ def client(host: Host) -> Client:
 
 @pytest.fixture(autouse=True)
 def _nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After every live test nothing of a pass is left on the model."""
+    """After every live test nothing of a pass is left on the model.
+
+    A test in which the WebUI has died says so, once; the next ones get a new one.
+    """
     if "client" not in request.fixturenames:
         yield
         return
-    client = request.getfixturevalue("client")
+    client, host = request.getfixturevalue("client"), request.getfixturevalue("host")
     yield
+    host.revive()
     state, fusion = client.state(), client.fusion()
     assert state["hooks"] == 0
     assert state["replaced"] == []

@@ -21,7 +21,8 @@ VERSION = "1.10.1"
 DEMO = ("general", "animals", "vehicles", "food")
 FLAGS = ("--skip-prepare-environment", "--skip-torch-cuda-test", "--skip-python-version-check", "--use-cpu", "all",
          "--no-half", "--precision", "full", "--api", "--do-not-download-clip", "--no-download-sd-model")  # fmt: skip
-START_SECONDS = 240
+#: So long a start may take on a machine that others use, too.
+START_SECONDS = 600
 
 
 class NoHostError(Exception):
@@ -112,22 +113,28 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+class HostDiedError(Exception):
+    """The WebUI has ended by itself; the message has the end of its log."""
+
+
 class Host:
-    """A running WebUI. ``url`` is where it listens; ``log`` its output so far."""
+    """A running WebUI. ``url`` is where it listens; ``log`` its output since it was last started."""
 
     def __init__(self, data: Path, checkpoint: str, port: int | None = None, extra: tuple[str, ...] = (),
                  python: Path | None = None) -> None:  # fmt: skip
-        folder, own_python = find_host()
+        self._folder, own_python = find_host()
         self.data, self.port = data, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._log = (data / "host.log").open("w", encoding="utf-8")
         file = data / "models/Stable-diffusion" / f"{checkpoint}.safetensors"
-        command = [str(python or own_python), "launch.py", *FLAGS, "--port", str(self.port), "--data-dir", str(data),
-                   "--ckpt", str(file), *extra]  # fmt: skip
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=environment(), stdout=self._log, stderr=subprocess.STDOUT,
-            start_new_session=sys.platform != "win32",
-        )  # fmt: skip
+        self._command = [str(python or own_python), "launch.py", *FLAGS, "--port", str(self.port), "--data-dir",
+                         str(data), "--ckpt", str(file), *extra]  # fmt: skip
+        self.start()
+
+    def start(self) -> None:
+        """Starts it and waits until it has started."""
+        self._log = (self.data / "host.log").open("w")
+        self.process = subprocess.Popen(self._command, cwd=self._folder, env=environment(), stdout=self._log,
+                                        stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         self.starts = 0
         try:
             self.wait()
@@ -144,9 +151,18 @@ class Host:
         deadline = time.monotonic() + START_SECONDS
         while self.log.count("Startup time") <= self.starts:
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the WebUI did not start:\n{self.log[-3000:]}")
+                raise HostDiedError(f"the WebUI did not start:\n{self.log[-3000:]}")
             time.sleep(0.1)
         self.starts += 1
+
+    def revive(self) -> None:
+        """Where it has ended by itself, starts it again, and raises HostDiedError with the end of its log."""
+        if self.process.poll() is None:
+            return
+        end = self.log[-3000:]
+        self.stop()
+        self.start()
+        raise HostDiedError(f"the WebUI ended in this test (a new one was started):\n{end}")
 
     def stop(self) -> None:
         self.process.terminate()

@@ -62,7 +62,7 @@ def close_page(page: Any) -> None:
 
 def wait_for_answers(page: Any) -> None:
     """Until the host has answered all that the page has put into its queue: each has a web socket."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while page.open_sockets and time.monotonic() < deadline:
         page.wait_for_timeout(SECONDS // 10)
 
@@ -76,7 +76,7 @@ def open_page(browser: Any, host: Host, theme: str) -> Any:
         socket.on("close", lambda _: sockets.discard(socket))
 
     page.on("websocket", on_socket)
-    page.set_default_timeout(60 * SECONDS)
+    page.set_default_timeout(240 * SECONDS)
     page.goto(f"{host.url}/?__theme={theme}")
     page.wait_for_selector("#txt2img_generate")
     return page
@@ -119,7 +119,7 @@ def generate(page: Any, tab: str = "txt2img") -> str:
         " const info = document.querySelector(`#html_info_${tab}`).innerText;"
         " const log = document.querySelector(`#html_log_${tab}`).innerText;"
         " return (info.includes('Steps:') && info !== before) || log.includes('Error'); }",
-        arg=[tab, before], timeout=120 * SECONDS,
+        arg=[tab, before], timeout=480 * SECONDS,
     )  # fmt: skip
     return info.inner_text() + log.inner_text()
 
@@ -353,8 +353,10 @@ def test_by_keyboard(page: Any, client: Client, names: Names) -> None:
 
 def test_reload(page: Any, client: Client, host: Host, names: Names) -> None:
     wait_for_answers(page)
+    page.route("**/internal/ping", lambda route: route.abort())  # which the page sends to a starting host
     page.evaluate("document.querySelector('#settings_restart_gradio').click()")
     host.wait()
+    page.unroute("**/internal/ping")
     page.wait_for_selector("#txt2img_generate")
     prepare(page)
     enable(page, names.expert)

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from tests.webui_live.client import TITLE, Client, Pictures, RefusedError, decode, encode, expert
-from tests.webui_live.host import EXTENSION, Host, NoHostError, find_host, make_checkpoints, prepare_data
+from tests.webui_live.host import EXTENSION, Host, find_host, make_checkpoints, prepare_data
+from tests.webui_live.needs import the_host
 from tests.webui_live.test_identity import picture
 
 #: Two WebUIs with all of them are started before the first test.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 FOLDER = Path(os.environ.get("FUSION_TEST_EXTENSIONS") or Path.home() / "webui-extensions")
 #: Folder in the WebUI -> title of its script.
@@ -42,7 +43,7 @@ def find_extensions() -> dict[str, Path]:
 
 def find_python() -> Path:
     named = os.environ.get("FUSION_TEST_EXTENSIONS_PYTHON") or Path.home() / "webui-ext-venv/bin/python"
-    return Path(named) if Path(named).is_file() else find_host()[1]
+    return Path(named) if Path(named).is_file() else the_host()[1]
 
 
 def control(model: str = "tiny_control", **changes: object) -> dict[str, list]:
@@ -131,10 +132,7 @@ def prepare(data: Path, found: dict[str, Path], python: Path) -> None:
 
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crowd]:
-    try:
-        python = find_python()
-    except NoHostError as error:
-        pytest.skip(str(error))
+    python = find_python()
     found = find_extensions()
     if not found:
         pytest.skip(f"none of {', '.join(EXTENSIONS)} is in {FOLDER}; FUSION_TEST_EXTENSIONS names another folder")

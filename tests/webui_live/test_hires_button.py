@@ -20,7 +20,7 @@ def test_hires_fix_of_a_finished_picture_is_fused(page: Any, client: Client, nam
         "before => { const info = document.querySelector('#html_info_txt2img').innerText;"
         " const log = document.querySelector('#html_log_txt2img').innerText;"
         " return (info.includes('Steps:') && info !== before) || log.includes('Error'); }",
-        arg=before, timeout=120_000,
+        arg=before, timeout=480_000,
     )  # fmt: skip
     text = info.inner_text() + page.locator("#html_log_txt2img").first.inner_text()
     assert "Error" not in text

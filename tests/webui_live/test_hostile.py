@@ -126,7 +126,7 @@ def post(client: Client, body: Any, path: str = "/sdapi/v1/txt2img") -> tuple[in
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(client.url + path, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=300) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read() or b"{}")

@@ -6,7 +6,7 @@ import pytest
 
 from tests.webui_live.client import Client, RefusedError, expert
 from tests.webui_live.conftest import Names
-from tests.webui_live.host import Host
+from tests.webui_live.host import Host, HostDiedError
 
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 
@@ -126,6 +126,17 @@ def test_no_errors_in_the_log(host: Host, client: Client, names: Names) -> None:
     client.draw()
     lines = [line for line in host.log[before:].splitlines() if "Error" in line or "Traceback" in line]
     assert lines == []
+
+
+def test_a_webui_that_dies_is_replaced(host: Host, client: Client, names: Names) -> None:
+    """The test in which it dies says so, with the end of its log; the next ones find a new one."""
+    on = client.draw(expert(names.expert))
+    host.revive()  # nothing while it lives
+    host.process.kill()
+    host.process.wait()
+    with pytest.raises(HostDiedError, match=r"a new one was started\):\n(.|\n)*Startup time"):
+        host.revive()
+    assert client.draw(expert(names.expert)).same_as(on)
 
 
 def fusion_axes(client: Client) -> list[list[str]]:

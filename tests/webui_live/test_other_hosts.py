@@ -9,16 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.webui_live.client import Client, RefusedError
-from tests.webui_live.host import Host, NoHostError, find_host, make_checkpoints, prepare_data
+from tests.webui_live.host import Host, make_checkpoints, prepare_data
+from tests.webui_live.needs import the_host
 
 
 @pytest.fixture
 def fork(tmp_path: Path) -> Iterator[Host]:
     """The WebUI with the package that all forks of the Forge family have."""
-    try:
-        folder, python = find_host()
-    except NoHostError as error:
-        pytest.skip(str(error))
+    folder, python = the_host()
     prepare_data(tmp_path)
     make_checkpoints(tmp_path, python, folder, "extensions")
     stub = tmp_path / "extensions/a-fork"

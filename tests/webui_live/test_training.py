@@ -15,7 +15,8 @@ import pytest
 
 from tests.webui_live.client import Client, RefusedError
 from tests.webui_live.conftest import Names
-from tests.webui_live.host import REPOSITORY, Host, NoHostError, environment, find_host
+from tests.webui_live.host import REPOSITORY, Host, environment
+from tests.webui_live.needs import the_host
 from tests.webui_live.test_browser import SECONDS, browser, choose, open_page, page  # noqa: F401
 from tests.webui_live.test_lifecycle import reload_ui
 
@@ -69,7 +70,7 @@ def wait_for_state(page: Any, part: str) -> str:  # noqa: F811
     """Until the line about the training matches; returns it."""
     page.wait_for_function(
         "([element, part]) => new RegExp(part).test(document.querySelector(element).innerText)",
-        arg=[f"{TAB}state", part], timeout=90 * SECONDS,
+        arg=[f"{TAB}state", part], timeout=480 * SECONDS,
     )  # fmt: skip
     return page.locator(f"{TAB}state").first.inner_text()
 
@@ -164,7 +165,7 @@ def test_sdxl(client: Client, host: Host, pictures: Path, trainings: Path) -> No
     two = models("tiny_xl", "tiny_xl_b")["models"]
     asked = form(pictures, name="taught", models=two, resolution=64, steps=6, precision="bfloat16", checkpointing=True)
     assert client.ask("/probe/train", values=json.dumps(asked))["refused"] == ""
-    store, deadline = Jobs(trainings), time.monotonic() + 90
+    store, deadline = Jobs(trainings), time.monotonic() + 480
     while store.status("taught").phase == "running" and time.monotonic() < deadline:
         time.sleep(0.2)
     status = store.status("taught")
@@ -190,10 +191,7 @@ def test_sdxl(client: Client, host: Host, pictures: Path, trainings: Path) -> No
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
 def test_encoded_as_the_host_does(tmp_path: Path, kind: str) -> None:
     """The host's classes with OpenCLIP, built without weights and loaded part by part, against its whole models."""
-    try:
-        folder, python = find_host()
-    except NoHostError as error:
-        pytest.skip(str(error))
+    folder, python = the_host()
     command = [str(python), str(Path(__file__).with_name("encode_kinds.py")), str(tmp_path), str(folder), kind]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
