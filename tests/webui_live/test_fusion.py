@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from tests.webui_live.client import Client, Pictures, expert
+from tests.webui_live.client import PLAIN, Client, Pictures, expert
 from tests.webui_live.conftest import Names
 
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
@@ -47,11 +48,22 @@ def test_window_runs_the_expert_inside_only(client: Client, names: Names) -> Non
     assert 0 < calls[1] < calls[0]
 
 
-def test_average_and_held_mask_differ(client: Client, names: Names) -> None:
-    told = [{}, {"method": "Average"}, {"snb_hold": 700}, {"snb_saliency": "code"}, {"k_expert": 50}]
-    drawn = [client.draw(expert(names.expert, **settings), steps=6) for settings in told]
-    for i, one in enumerate(drawn):
-        assert not any(one.same_as(other) for other in drawn[:i])
+@pytest.mark.parametrize(
+    ("settings", "turned"),
+    [
+        ({"method": "Average"}, {}),
+        ({}, {}),
+        ({"k_general": 2, "k_expert": 50}, {"k_general": 50, "k_expert": 2}),
+        ({"snb_hold": 700, "snb_from": 1000}, {}),
+        ({"snb_hold": 700, "snb_from": 400}, {}),
+    ],
+    ids=str,
+)
+def test_base_and_expert_are_peers(client: Client, settings: dict, turned: dict) -> None:
+    """Either may be the base: each reads the prompt with its own encoder, and they share one VAE."""
+    one = client.draw(expert("tiny_b", **settings), model="tiny_a", steps=6)
+    other = client.draw(expert("tiny_a", **settings | turned), model="tiny_b", steps=6)
+    assert np.abs(one.pixels[0].astype(int) - other.pixels[0]).max() <= 1
 
 
 def test_passes(client: Client, names: Names) -> None:
@@ -72,10 +84,13 @@ def test_own_prompt_and_encoder(client: Client) -> None:
         return client.draw(expert(other, **settings), model=base)
 
     plain = draw()
-    assert not draw(prompt="a house").same_as(plain)
-    assert not draw(negative_prompt="a house").same_as(plain)
-    assert not draw(text_encoder="base").same_as(plain)
     assert draw(prompt="a (red:1.2) cat, in a hat", negative_prompt="dog").same_as(plain)
+    for own in ({"prompt": "a house"}, {"negative_prompt": "a house"}):
+        assert draw(**own, **ALONE).same_as(client.draw(model=other, **own))
+        assert not draw(**own).same_as(plain)
+    assert not draw(text_encoder="base").same_as(plain)
+    copy = {"text_encoder": "base", **ALONE}
+    assert client.draw(expert("tiny_copy", **copy), model=base).same_as(client.draw(model=base))
 
 
 def test_the_base_with_another_prompt(client: Client, names: Names) -> None:
@@ -91,15 +106,28 @@ def test_pictures_do_not_depend_on_their_batch(client: Client, names: Names) -> 
 
 
 def test_two_experts(client: Client, names: Names) -> None:
-    both = client.draw({"experts": [{"checkpoint": names.expert}, {"checkpoint": names.other}]})
+    both = client.draw({"experts": [{"checkpoint": names.expert}, {"checkpoint": names.other}], **PLAIN})
     assert set(client.fusion()["experts"]) == {names.expert, names.other}
     assert both.params["Fusion U-Net calls"] == "base 4, expert 1 4, expert 2 4"
-    assert not both.same_as(client.draw(expert(names.expert)))
+    one = client.draw(expert(names.expert))
     assert client.fusion()["experts"] == [names.expert]  # beyond those in use, one is kept
+    assert not both.same_as(one)
+    silent = {"experts": [{"checkpoint": names.expert}, {"checkpoint": names.other, "window": [0, 0]}], **PLAIN}
+    assert client.draw(silent).same_as(one)
 
 
-@pytest.mark.parametrize("changes", [{"s_min_uncond": 8.0, "steps": 6}, {}])
-def test_without_the_unconditional_half_the_mask_is_held(client: Client, names: Names, changes: dict) -> None:
-    settings = {} if changes else {"skip_early_cond": 0.4}
-    on = client.draw(expert(names.expert), settings=settings, **changes)
-    assert not on.same_as(client.draw(settings=settings, **changes))
+def test_without_the_unconditional_half_the_mask_is_held(client: Client, names: Names) -> None:
+    """Only the first step has that half, so its mask serves all steps, as if it were held at once."""
+    way = {"s_min_uncond": 14.0, "steps": 6}
+    with client.settings({"s_min_uncond_all": True}):
+        on = client.draw(expert(names.expert), **way)
+        assert on.same_as(client.draw(expert(names.expert, snb_hold=990, snb_from=1000), **way))
+        assert not on.same_as(client.draw(**way))
+
+
+def test_before_there_is_a_mask_the_base_draws(client: Client, names: Names) -> None:
+    """The first two of four steps lack the unconditional half: timesteps 999 and 666."""
+    with client.settings({"skip_early_cond": 0.4}):
+        on = client.draw(expert(names.expert))
+        assert on.same_as(client.draw(expert(names.expert, snb_window=[500, 0])))
+        assert not on.same_as(client.draw())
