@@ -173,13 +173,14 @@ def run_generate(args: argparse.Namespace) -> int:
     from lib_fusion.engine.loader import quiet_libraries
     from lib_fusion.engine.sheets import font, infotext, save_png
     from lib_fusion.previews import draw_previews
+    from lib_fusion.unet.checkpoint import distinct_names
 
     quiet_libraries()
     engine = Engine(args.base, args.expert, dtype=dtype, device=device)
     run = engine.generate(
         generation, fusion, masks=masks, keep=keep, progress=sys.stderr.isatty()
     )
-    names = [Path(file).stem for file in (args.base, *args.expert)]
+    names = distinct_names([Path(file).stem for file in (args.base, *args.expert)])
     files = []
     for i, picture in enumerate(run.pictures):
         path = free_path(Path(args.out), f"{picture.seed:05d}-{i:03d}")

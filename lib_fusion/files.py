@@ -43,6 +43,12 @@ def write_whole(path: Path, write: Callable[[Path], Any], partial: Path | None =
         raise
 
 
+def file_version(path: str | Path) -> tuple[int, int]:
+    """Another one for a file that was written since: its time alone stays where a copy keeps it."""
+    found = Path(path).stat()
+    return found.st_mtime_ns, found.st_size
+
+
 def read_text(path: Path) -> str:
     """A text file of ours, which another process may be replacing."""
     return retry(lambda: path.read_text("utf-8"))

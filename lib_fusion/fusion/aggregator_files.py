@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lib_fusion.errors import CheckpointError, FusionError, shorten
-from lib_fusion.files import write_whole
+from lib_fusion.files import file_version, write_whole
 from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.methods.afa import AggregatorSizes, groups_of
 from lib_fusion.unet.checkpoint import Checkpoint
@@ -103,7 +103,8 @@ class Card:
             return
         if sorted(needed) == sorted(found):
             raise FusionError(f"the aggregator is for its models in the order {names} (base first), not {given}")
-        wrong = [f"{b.name} in the place of {a.name}" for a, b in zip(self.models, models) if a.unet != b.unet]
+        wrong = [f"another file named {a.name}" if a.name == b.name else f"{b.name} in the place of {a.name}"
+                 for a, b in zip(self.models, models) if a.unet != b.unet]  # fmt: skip
         problem = f"other U-Nets were given: {', '.join(wrong)} (force lets them through)"
         raise FusionError(f"the aggregator is for {names}; {problem}")
 
@@ -180,11 +181,11 @@ def identify_model(path: str | Path) -> ModelIdentity:
 
 def part_hash(file: Checkpoint, prefix: str) -> str:
     """SHA-256 over the tensors whose names start so, in float16: a file and its half-precision copy are one model."""
-    return _part_hash(file.path.resolve(), file.path.stat().st_mtime_ns, prefix)
+    return _part_hash(file.path.resolve(), file_version(file.path), prefix)
 
 
 @lru_cache(maxsize=64)
-def _part_hash(path: Path, _changed: int, prefix: str) -> str:
+def _part_hash(path: Path, _version: tuple[int, int], prefix: str) -> str:
     digest = hashlib.sha256()
     with safe_open(path, framework="pt") as opened:
         for key in sorted(key for key in opened.keys() if key.startswith(prefix)):  # noqa: SIM118

@@ -6,7 +6,7 @@ Panel, API, infotext, XYZ plot, presets and command line are all built from the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lib_fusion.errors import SettingError
@@ -438,3 +438,17 @@ MAP_PARAMETERS = (
     Parameter("map_timesteps", "text", "1000 700 400 100", "Attention maps: timesteps",
               "A map is shown at the first step at or below each of these timesteps.", where=CLI),
 )  # fmt: skip
+#: Where experts wait while they do not run.
+PLACES = ("GPU", "RAM between pictures", "RAM between U-Net calls")
+#: The rows of the WebUI's settings page.
+HOST_OPTIONS = {
+    row.key: row for row in (
+        Parameter("cache", "int", 1, "Experts kept in memory between generations",
+                  "those of the running generation are always kept", low=0, high=8, step=1, where=()),
+        Parameter("place", "choice", PLACES[0], "Where an expert waits", "RAM spares GPU memory and costs time",
+                  choices=PLACES, where=()),
+        Parameter("paste_switches", "bool", True, "Pasting a fused picture's settings switches the panel on",
+                  "and those of a picture made without fusion switch it off", where=()),
+        *(replace(row, key=f"preview_{row.key}") for row in (*PREVIEW_PARAMETERS, *MAP_PARAMETERS)),
+    )
+}  # fmt: skip

@@ -7,6 +7,7 @@ nothing but the maps differs.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from lib_fusion.fusion.lockstep import point_names
 from lib_fusion.methods import afa
 from lib_fusion.training.cache import Cache, Entry, Text, stack_texts
 from lib_fusion.training.ensemble import Ensemble, add_noise, alphas_cumprod, load_models
+from lib_fusion.unet.checkpoint import distinct_names
 
 #: The middles of five equal ranges of timesteps.
 BUCKETS = (100, 300, 500, 700, 900)
@@ -115,7 +117,7 @@ def evaluate(
     unets = load_models(checkpoints, cache, getattr(torch, precision), device)
     models = [identify_model(path) for path in checkpoints]
     trained = load_for(aggregator, unets[0], models, [unet.prediction for unet in unets], device=device)
-    names = [model.name for model in models]
+    names = distinct_names([model.name for model in models])
     subsets = {s: sum(e.subset == s for e in cache.entries) for s in sorted({e.subset for e in cache.entries})}
     result = Evaluation(names, subsets)
     candidates = {TRAINED: trained, MEAN_FEATURES: afa.uniform(len(names))}
@@ -216,7 +218,13 @@ def write_report(result: Evaluation, folder: Path, title: str) -> str:
 
 
 def _row(cells: Sequence[object]) -> str:
-    return f"| {' | '.join(f'{cell:.4f}' if isinstance(cell, float) else str(cell) for cell in cells)} |"
+    return f"| {' | '.join(f'{cell:.4f}' if isinstance(cell, float) else _plain(str(cell)) for cell in cells)} |"
+
+
+def _plain(text: str) -> str:
+    """Markdown that shows a name as it is: none of its marks is a table's, a style's or a tag's."""
+    marks = r"[\\`*\[\]<|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"
+    return re.sub(marks, r"\\\g<0>", " ".join(text.split()))
 
 
 def _loss_table(result: Evaluation) -> list[str]:

@@ -37,7 +37,7 @@ def status_html(status: Status | None, running: str | None = None) -> str:
     told = html.escape(sentence(status) + other)
     share = 100 if status.phase == "finished" else 100 * min(1.0, status.step / status.steps)
     bar = f'<div class="denoiser-fusion-bar"><div style="width:{share:.1f}%"></div></div>'
-    return f'<div data-running="{int(running is not None)}" data-phase="{status.phase}">{told}{bar}</div>'
+    return f'<div data-running="{int(running is not None)}" data-phase="{html.escape(status.phase)}">{told}{bar}</div>'
 
 
 def sentence(status: Status) -> str:
@@ -45,6 +45,8 @@ def sentence(status: Status) -> str:
     name, done = status.name, f"step {status.step} of {status.steps}"
     where = f" while {STAGES.get(status.stage, status.stage)}" + (f", at {done}" if status.rows else "")
     again = f"Start goes on from step {status.saved}." if status.saved else "Start goes on with what is done."
+    if status.stage == "evaluate":
+        again = "It is trained; the AFA tab lists it once Start has evaluated it."
     if status.phase == "running" and status.stage == "train" and status.rows:
         return f"{name}: {done}, loss {mean_loss(status):.4f}, {time_left(status)} left"
     if status.phase == "running":

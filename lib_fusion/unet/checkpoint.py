@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -147,6 +147,11 @@ class Checkpoint:
     def describe(self) -> str:
         """What the file seems to be, for error messages."""
         return f"{self.path}: {describe_keys(self.shapes)}"
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Names for people of the files in a list, by their position where several are called the same."""
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, start=1)]
 
 
 def describe_keys(keys: Mapping[str, object]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lib_fusion.fusion.aggregator_files import Card, identify_model, save_aggreg
 from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.training.cache import Cache
 from lib_fusion.training.ensemble import alphas_cumprod, load_models
-from lib_fusion.training.evaluate import MEAN_FEATURES, MEAN_PREDICTIONS, ORACLE, TRAINED, evaluate
+from lib_fusion.training.evaluate import MEAN_FEATURES, MEAN_PREDICTIONS, ORACLE, TRAINED, _row, evaluate
 from tests.training.conftest import MODELS
 
 
@@ -55,6 +56,26 @@ def test_single_models_are_the_models_themselves(result, data):
             x = (a.sqrt() * latent + (1 - a).sqrt() * noise)[None]
             total += (unets[m](x, torch.tensor([650]), texts[m].states[None])[0] - noise).square().mean().item()
         assert result.loss[name]["a"][650] == pytest.approx(total / len(entries), rel=1e-4)
+
+
+def test_two_models_of_one_name_are_kept_apart(result, data, untrained, tmp_path):
+    same = []
+    for folder, path in zip(("a", "b"), MODELS):
+        same.append(tmp_path / folder / "model.safetensors")
+        same[-1].parent.mkdir()
+        shutil.copy(path, same[-1])
+    found = evaluate(data.cache, same, untrained, (150, 650))
+    assert found.models == ["model (1)", "model (2)"]
+    assert found.loss[MEAN_PREDICTIONS] == result.loss[MEAN_PREDICTIONS]
+    for name, its in (("model (1)", "animals"), ("model (2)", "vehicles")):
+        assert found.loss[f"only {name}"] == result.loss[f"only {its}"]
+
+
+def test_names_in_tables_are_names_only():
+    """No name of a file, a subset or a block is a column, a style or a tag."""
+    names = ["a|b", "<img src=x>", "*x*", "_y_", "input_blocks.4", "`z`", "[u](v)", "two\nlines"]
+    assert _row([*names, 0.5]) == (r"| a\|b | \<img src=x> | \*x\* | \_y\_ | input_blocks.4 | \`z\` | \[u\](v) "
+                                   "| two lines | 0.5000 |")  # fmt: skip
 
 
 def test_average_and_oracle(result):

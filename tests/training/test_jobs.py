@@ -23,6 +23,7 @@ from lib_fusion.training import view as training_view
 from lib_fusion.training.jobs import BOOTSTRAP, DEVICES, Job, Jobs, Status, process_command, read_losses
 from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS
 from lib_fusion.training.train import WINDOW, train
+from lib_fusion.webui.training import process
 from lib_fusion.webui.training.process import describe, publish
 from tests.training.conftest import MODELS, QUICK
 from tests.training.test_cache import small_disk  # noqa: F401
@@ -254,6 +255,28 @@ def test_disk_full_at_the_start(small_disk, data):  # noqa: F811
     with pytest.raises(FusionError, match="the training can't be started"):
         jobs.start(make_job(jobs, data))
     assert jobs.running() is None
+
+
+@pytest.mark.parametrize("how", [FusionError("out of pictures"), None])
+def test_what_is_not_evaluated_is_not_listed(jobs, data, monkeypatch, how):
+    """A training that ends in its evaluation has no file for the panel; the next start puts it there."""
+    job = make_job(jobs, data, evaluate=True)
+    folder = write_job(jobs, job)
+    target = Path(job.target)
+
+    def train_quickly(args):
+        Path(args.out).write_bytes(b"trained")
+
+    def evaluate_or_not(args):
+        assert not target.exists()
+        if how is not None:
+            raise how
+
+    monkeypatch.setattr(process, "COMMANDS", {"train": train_quickly, "evaluate": evaluate_or_not})
+    assert process.run(folder) == (0 if how is None else 1)
+    assert target.exists() == (how is None)
+    if how is not None:
+        assert "the AFA tab lists it once Start has evaluated it" in training_view.sentence(jobs.status("pair"))
 
 
 def test_published_whole_or_not_at_all(tmp_path):

@@ -9,21 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from modules import devices, paths, sd_models
+from modules import devices, paths
 from torch import nn
 
-from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.errors import CheckpointError, FusionError, SettingError
+from lib_fusion.files import file_version
 from lib_fusion.fusion.aggregator_files import Card, ModelIdentity, identify_model, load_for, read_card
 from lib_fusion.fusion.lockstep import Lockstep
 from lib_fusion.log import log_loaded, logger
 from lib_fusion.methods import afa
 from lib_fusion.requests.infotext import NO_CHECKPOINT
 from lib_fusion.requests.settings import MAX_EXPERTS, ExpertSettings, FusionSettings
+from lib_fusion.webui.models.experts import list_infos
 from lib_fusion.webui.models.placement import holder, settle
 
 FOLDER = "denoiser-fusion"
 #: The folder therein that trainings keep their state in; no aggregator files for use.
 TRAINING = "training"
+SUFFIX = ".safetensors"
 
 
 def folder() -> Path:
@@ -34,25 +37,27 @@ def folder() -> Path:
 def list_aggregators() -> list[str]:
     """Names of the files there, without suffix."""
     found = (Path(place) / name for place, _, names in os.walk(folder(), followlinks=True) for name in names)
-    files = (path.relative_to(folder()).with_suffix("") for path in found if path.suffix == ".safetensors")
+    files = (path.relative_to(folder()).with_suffix("") for path in found if path.suffix.lower() == SUFFIX)
     return sorted(file.as_posix() for file in files if file.parts[0] != TRAINING)
 
 
 def find_aggregator(name: str) -> Path:
     """The file of a name in the list; raises SettingError. No path from a request is ever opened."""
     names = list_aggregators()
-    found = name.removesuffix(".safetensors")
+    plain = name[: -len(SUFFIX)] if name.lower().endswith(SUFFIX) else name
+    found = plain if plain in names else plain.replace("\\", "/")  # as another system writes it
     if found not in names:
         allowed = ", ".join(names) or f"none is there yet; put files into models/{FOLDER}"
         raise SettingError("afa_aggregator", name, f"no such aggregator; allowed: {allowed}")
-    return folder() / f"{found}.safetensors"
+    beside = (folder() / found).parent
+    return next(path for path in beside.iterdir() if path.suffix.lower() == SUFFIX and path.stem == Path(found).name)
 
 
 def complete(settings: FusionSettings) -> FusionSettings:
     """Settings with the experts that the aggregator is for, where none are named; raises SettingError."""
     if settings.method != "AFA" or not settings.needs_aggregator:
         return settings
-    if settings.afa_aggregator in NO_CHECKPOINT:
+    if not settings.afa_aggregator:
         raise SettingError("afa_aggregator", settings.afa_aggregator, "allowed: an aggregator, or afa_maps uniform")
     card = card_of(settings.afa_aggregator)
     if settings.experts:
@@ -74,12 +79,21 @@ def experts_of(card: Card) -> list[str]:
     """The host's names of the checkpoints that a file is for, after the base; raises SettingError where one lacks."""
     names = []
     for model in card.models[1:]:
-        info = next((i for i in sd_models.checkpoints_list.values() if Path(i.filename).stem == model.name), None)
+        infos = [info for info in list_infos() if Path(info.filename).stem == model.name]
+        info = next((info for info in infos if len(infos) == 1 or is_model(info, model)), *infos[:1] or [None])
         if info is None:
             problem = f"it is for {', '.join(m.name for m in card.models)}; {model.name} is not among the checkpoints"
             raise SettingError("afa_aggregator", model.name, problem)
         names.append(info.name)
     return names
+
+
+def is_model(info: Any, model: ModelIdentity) -> bool:
+    """Whether a checkpoint's U-Net is the one that a card means; hashing it takes seconds, once for each file."""
+    try:
+        return identify_model(info.filename).unet == model.unet
+    except (CheckpointError, OSError):
+        return False
 
 
 def implied_by(name: str) -> dict[str, str]:
@@ -100,7 +114,7 @@ class AggregatorCache:
         """For the base and the experts in ``files`` (the base's first); raises SettingError."""
         path = find_aggregator(settings.afa_aggregator)
         models = [identify_model(file) for file in files]
-        key = (path, path.stat().st_mtime_ns, tuple(models), settings.afa_force, devices.dtype_unet)
+        key = (path, file_version(path), tuple(models), settings.afa_force, devices.dtype_unet)
         if key != self._key:
             prediction = "v" if base.parameterization == "v" else "epsilon"
             try:

@@ -21,6 +21,7 @@ from lib_fusion.requests.settings import MAX_EXPERTS, ExpertSettings
 from lib_fusion.webui.models.experts import Expert, ExpertKey, is_base, kind_of_model, make_key
 from lib_fusion.webui.models.placement import home_of, on_device, settle, waits_in_ram
 from lib_fusion.webui.models.text_encoders import build_encoder, clone_encoder, share_embeddings
+from lib_fusion.webui.options import read_option
 
 #: How many sets of conditionings are kept: both passes of all experts.
 KEPT = 2 * MAX_EXPERTS
@@ -103,7 +104,7 @@ class TextCache:
         # A clone shares the structure that the host built for this base, so another base needs another clone.
         full_key = (key, None if is_other else id(source))
         if full_key not in self._encoders:
-            limit = max(int(shared.opts.data.get("denoiser_fusion_cache", 1)), needed)
+            limit = max(read_option("cache"), needed)
             while len(self._encoders) >= limit:
                 self._encoders.popitem(last=False)
             if is_other:

@@ -20,10 +20,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lib_fusion.errors import CheckpointError, FusionError, SettingError
+from lib_fusion.files import file_version
 from lib_fusion.log import log_loaded
 from lib_fusion.requests.settings import ExpertSettings
 from lib_fusion.unet.checkpoint import UNET_PREFIX, Checkpoint, unet_kind
 from lib_fusion.webui.models.placement import home_of, settle
+from lib_fusion.webui.options import read_option
 
 #: Tensor names without prefix, and their shapes.
 Shapes = Mapping[str, tuple[int, ...]]
@@ -37,7 +39,7 @@ class ExpertKey:
     """
 
     file: str
-    changed: int
+    changed: tuple[int, int]
     loras: bool
     dtype: str
 
@@ -91,7 +93,7 @@ class ExpertCache:
             for info, setting in zip(infos, settings)
         ]
         needed = {key for key in keys if key is not None}
-        limit = max(int(shared.opts.data.get("denoiser_fusion_cache", 1)), len(needed))
+        limit = max(read_option("cache"), len(needed))
         for key in [key for key in self._experts if key not in needed]:
             if len(needed | set(self._experts)) > limit:
                 del self._experts[key]
@@ -127,24 +129,49 @@ class ExpertCache:
 def find_checkpoint(name: str, field: str) -> Any:
     """The host's entry of exactly this name (title, file name, or hash); raises SettingError with the names there are.
 
-    The host's own lookup also takes any part of a name, which would quietly use another model than was asked for.
+    A name in full, with folder and ending, goes before one without ending, and that before any other that the host has
+    for a file. The host's own lookup takes the file that was listed last, and any part of a name, which would quietly
+    use another model than was asked for.
     """
-    info = sd_models.checkpoint_aliases.get(name)
+    infos = list_infos()
+    for is_named in (
+        lambda info: name in (info.name, info.title),
+        lambda info: _posix(name) in (_posix(info.name), _posix(info.title)),  # as another system writes it
+        lambda info: _posix(name) == _posix(str(Path(info.name).with_suffix(""))),
+        lambda info: name in info.ids,
+    ):
+        found = [info for info in infos if is_named(info)]
+        files = {info.sha256 or info.filename for info in found}  # of equal files any will do
+        if len(files) > 1:
+            several = ", ".join(info.name for info in found)
+            raise SettingError(field, name, f"several checkpoints are called so; allowed: {several}")
+        if found:
+            return found[0]
+    info = sd_models.checkpoint_aliases.get(name)  # a file of another format, to be refused as what it is
     if info is None:
-        names = [entry.name for entry in sd_models.checkpoints_list.values()]
+        names = list_checkpoints()
         shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         raise SettingError(field, name, f"no such checkpoint; allowed: {shown}")
     return info
 
 
+def _posix(name: str) -> str:
+    return name.replace("\\", "/")
+
+
+def list_infos() -> list[Any]:
+    """The host's entries of the checkpoints that can be experts: no pickles are read."""
+    return [info for info in list(sd_models.checkpoints_list.values()) if info.is_safetensors]
+
+
 def list_checkpoints() -> list[str]:
     """Names for the panel: without hashes, since a name gets its hash only when the host has read the file."""
-    return [info.name for info in sd_models.checkpoints_list.values()]
+    return [info.name for info in list_infos()]
 
 
 def make_key(info: Any, setting: ExpertSettings) -> ExpertKey:
     dtype = torch.float8_e4m3fn if devices.fp8 else devices.dtype_unet
-    return ExpertKey(info.filename, Path(info.filename).stat().st_mtime_ns, setting.loras, str(dtype))
+    return ExpertKey(info.filename, file_version(info.filename), setting.loras, str(dtype))
 
 
 def is_base(info: Any, setting: ExpertSettings, sd_model: nn.Module) -> bool:
@@ -186,6 +213,7 @@ def check_fits(info: Any, setting: ExpertSettings, sd_model: nn.Module, field: s
     try:
         file = Checkpoint.open(info.filename)
         kind, shapes = file.kind, file.unet_shapes
+        check_is_whole(file)
     except CheckpointError as error:
         raise SettingError(checkpoint, info.name, str(error).replace(f"{info.filename}: ", "")) from error
     base, base_shapes = kind_of_model(sd_model), unet_shapes_of(sd_model.model.diffusion_model)
@@ -211,6 +239,13 @@ def check_fits(info: Any, setting: ExpertSettings, sd_model: nn.Module, field: s
     if alike and prediction != base.prediction:
         raise SettingError(checkpoint, info.name, f"it predicts {prediction}; {allowed_with}: {base.prediction}")
     return ModelKind(kind, prediction)
+
+
+def check_is_whole(file: Checkpoint) -> None:
+    """Refuses a file that holds a U-Net alone, whose tensors' names lack the prefix; raises CheckpointError."""
+    if not file.unet_prefix:
+        problem = f"it holds a U-Net alone, whose tensors' names do not start with {UNET_PREFIX}"
+        raise CheckpointError(f"{file.path}: {problem}; allowed: a whole checkpoint in Stable Diffusion's format")
 
 
 def check_same_shapes(shapes: Shapes, base: Shapes, field: str, name: str) -> None:

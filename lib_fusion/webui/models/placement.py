@@ -10,18 +10,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from modules import devices, lowvram, shared
+from modules import devices, lowvram
 from torch import nn
 
 from lib_fusion.fusion.hooks import Hooks
-
-#: Where an expert's U-Net waits.
-PLACES = ("GPU", "RAM between pictures", "RAM between U-Net calls")
-PLACE_OPTION = "denoiser_fusion_place"
+from lib_fusion.requests.settings import PLACES
+from lib_fusion.webui.options import read_option
 
 
 def chosen_place() -> str:
-    return shared.opts.data.get(PLACE_OPTION, PLACES[0])
+    return read_option("place")
 
 
 def waits_in_ram(sd_model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from modules import images, processing, shared
 
 from lib_fusion.requests.settings import FusionSettings
+from lib_fusion.unet.checkpoint import distinct_names
 
 #: On a request: the settings that replace its arguments; None is off.
 OVERRIDE = "_denoiser_fusion_override"
@@ -33,9 +34,7 @@ def alone(settings: FusionSettings, expert: int) -> FusionSettings:
 
 def column_titles(names: list[str]) -> list[str]:
     """The grid's columns: the base, the experts by their files' names, numbered where two have the same, the fusion."""
-    stems = [Path(name).stem for name in names]
-    numbered = [f"{stem} ({i})" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems, start=1)]
-    return ["base", *numbered, "fusion"]
+    return ["base", *distinct_names([Path(name).stem for name in names]), "fusion"]
 
 
 def add_comparison(p: Any, processed: Any, kept: Any, settings: FusionSettings, names: list[str]) -> None:

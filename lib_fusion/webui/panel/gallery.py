@@ -11,6 +11,7 @@ from modules import images, shared
 from lib_fusion.fusion.records import Records
 from lib_fusion.previews import draw_previews
 from lib_fusion.requests.settings import FusionSettings
+from lib_fusion.unet.checkpoint import distinct_names
 
 
 def add_previews(p: Any, processed: Any, kinds: Collection[str], batches: list[Records], settings: FusionSettings,
@@ -22,7 +23,7 @@ def add_previews(p: Any, processed: Any, kinds: Collection[str], batches: list[R
     first = processed.index_of_first_image
     pictures = min(len(processed.infotexts) - first, len(batches) * p.batch_size)
     each = (len(processed.images) - first) // max(pictures, 1)
-    models = ["base", *(Path(name).stem for name in names)]
+    models = ["base", *distinct_names([Path(name).stem for name in names])]
     for i in reversed(range(pictures if each else 0)):  # so that what is inserted moves nothing that is still to come
         records = batches[i // p.batch_size].of(i % p.batch_size)
         picture, text = processed.images[first + i * each], processed.infotexts[first + i]

@@ -24,21 +24,17 @@ from lib_fusion.requests.settings import (
     FREEU_PUBLISHED,
     FREEU_PUBLISHED_ROWS,
     FREEU_STAGES,
+    HOST_OPTIONS,
     INPAINT,
-    MAP_PARAMETERS,
     MAX_EXPERTS,
     PAINTED,
-    PREVIEW_PARAMETERS,
     SKIP_PRESETS,
 )
+from lib_fusion.webui import options
 from lib_fusion.webui.models import aggregators, experts
-from lib_fusion.webui.models.placement import PLACE_OPTION, PLACES
 from lib_fusion.webui.runtime import runtime
-from lib_fusion.webui.sampling.hooked_pass import PREVIEW_OPTION
 
 FREEU_ON = ("Auto", *FREEU_PUBLISHED, "Custom")
-#: The setting by which pasted settings switch the panel.
-PASTE_OPTION = "denoiser_fusion_paste_switches"
 #: The amounts of skipping, for people.
 SKIP_WORDS = {
     "Faithful": "Hardly any difference to be seen; up to half of the U-Net's work is spared",
@@ -405,12 +401,19 @@ class Paste:
         if "lib_free_u" not in sys.modules:  # where that extension is there, it takes its entries itself
             entries = infotext.adopt_freeu(entries)
         if self.field is None:
-            return infotext.is_fused(entries) if shared.opts.data.get(PASTE_OPTION, True) else None
+            return infotext.is_fused(entries) if options.read_option("paste_switches") else None
         value = infotext.read_infotext(entries, self.field)
-        if self.field.row.key == "checkpoint" and value:
-            info = sd_models.checkpoint_aliases.get(value)
-            return info.name if info else value
+        if self.field.row.key == "checkpoint" and value not in (None, *infotext.NO_CHECKPOINT):
+            return full_name(value)
         return value[self.part] if self.field.width == 2 and value is not None else value
+
+
+def full_name(checkpoint: str) -> str:
+    """The name in the panel's list of a checkpoint that is named in any way; a name that nothing has stays."""
+    try:
+        return experts.find_checkpoint(checkpoint, "checkpoint").name
+    except FusionError:
+        return checkpoint
 
 
 def list_choices() -> list[str]:
@@ -431,21 +434,13 @@ def tool(sign: str, tooltip: str, element: str) -> Any:
 
 def add_options() -> None:
     """The settings page: how many experts are kept, and where; what pasting does; the previews."""
-    section = ("denoiser_fusion", "Denoiser Fusion")
-    cache = shared.OptionInfo(
-        1, "Experts kept in memory between generations", gr.Slider, {"minimum": 0, "maximum": 8, "step": 1},
-        section=section,
-    ).info("those of the running generation are always kept")  # fmt: skip
-    place = shared.OptionInfo(
-        PLACES[0], "Where an expert waits", gr.Radio, {"choices": list(PLACES)}, section=section,
-        onchange=call_queue.wrap_queued_call(runtime.settle),
-    ).info("RAM spares GPU memory and costs time")
-    paste = shared.OptionInfo(
-        True, "Pasting a fused picture's settings switches the panel on", gr.Checkbox, section=section
-    ).info("and those of a picture made without fusion switch it off")
-    shared.opts.add_option("denoiser_fusion_cache", cache)
-    shared.opts.add_option(PLACE_OPTION, place)
-    shared.opts.add_option(PASTE_OPTION, paste)
-    for row in (*PREVIEW_PARAMETERS, *MAP_PARAMETERS):
-        option = shared.OptionInfo(row.default, row.label, section=section).info(row.help)
-        shared.opts.add_option(PREVIEW_OPTION + row.key, option)
+    for key, row in HOST_OPTIONS.items():
+        component: tuple[Any, Any] = (None, None)
+        if row.kind == "int":
+            component = (gr.Slider, {"minimum": row.low, "maximum": row.high, "step": row.step})
+        elif row.kind == "choice":
+            component = (gr.Radio, {"choices": list(row.choices)})
+        settle = call_queue.wrap_queued_call(runtime.settle) if key == "place" else None
+        option = shared.OptionInfo(row.default, row.label, *component, section=("denoiser_fusion", "Denoiser Fusion"),
+                                   onchange=settle)  # fmt: skip
+        shared.opts.add_option(options.PREFIX + key, option.info(row.help))

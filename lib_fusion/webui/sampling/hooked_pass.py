@@ -20,18 +20,16 @@ from lib_fusion.fusion.hooks import Hooks, attach_freeu
 from lib_fusion.fusion.places import Places
 from lib_fusion.fusion.records import Keep
 from lib_fusion.fusion.session import FusionSession
-from lib_fusion.requests.settings import MAP_PARAMETERS, PREVIEWS, FusionSettings
+from lib_fusion.requests.settings import MAP_PARAMETERS, PLACES, PREVIEWS, FusionSettings
 from lib_fusion.unet.layout import read_layout
 from lib_fusion.webui.models.aggregators import AggregatorCache, make_lockstep
 from lib_fusion.webui.models.experts import Expert, kind_of_model
-from lib_fusion.webui.models.placement import PLACES, bring, chosen_place, put_back, settle, stream, waits_in_ram
+from lib_fusion.webui.models.placement import bring, chosen_place, put_back, settle, stream, waits_in_ram
+from lib_fusion.webui.options import read_option
 from lib_fusion.webui.sampling.contexts import Context
 from lib_fusion.webui.sampling.correcting import CORRECTORS
 from lib_fusion.webui.sampling.host_step import Call, HostStep
 from lib_fusion.webui.sampling.levels import limits_of
-
-#: Settings of the previews: this and a name in PREVIEWS or a key of MAP_PARAMETERS.
-PREVIEW_OPTION = "denoiser_fusion_preview_"
 
 #: Base model -> the experts of a pass with it, and the context of each (None: it gets the base's conditioning).
 Equip = Callable[[nn.Module], "tuple[list[Expert], list[Context | None]]"]
@@ -191,10 +189,9 @@ def combines_as_ever(denoiser: Any) -> bool:
 
 def wanted_records() -> Keep:
     """The records that the settings want of a pass; raises SettingError."""
-    values = shared.opts.data
-    kinds = [kind for kind in PREVIEWS if values.get(PREVIEW_OPTION + kind, False)]
+    kinds = [kind for kind in PREVIEWS if read_option(f"preview_{kind}")]
     rows = MAP_PARAMETERS if "maps" in kinds else ()
-    return Keep.read(kinds, {row.key: values.get(PREVIEW_OPTION + row.key, row.default) for row in rows})
+    return Keep.read(kinds, {row.key: read_option(f"preview_{row.key}") for row in rows})
 
 
 def set_tiling(unet: nn.Module, tiling: bool) -> None:

@@ -30,7 +30,7 @@ def run(folder: Path) -> int:
     """All commands of a job; 0 where it came to its end. An error is written into its state, and is its last word."""
     job = Job(**json.loads(read_text(folder / JOB))["job"])
     sys.path.extend(job.paths)
-    stage = ""
+    stage, trained = "", None
 
     @lru_cache(maxsize=1)
     def load_encoders(models: Sequence[str], device: str) -> Any:
@@ -54,7 +54,9 @@ def run(folder: Path) -> int:
                 free_memory()
                 COMMANDS[args.command](args)
             if args.command == "train":
-                publish(Path(args.out), Path(job.target))
+                trained = Path(args.out)
+        if trained is not None:  # once it is evaluated: what was stopped before is not ready
+            publish(trained, Path(job.target))
         write_json(folder / STATE, {"stage": stage, "phase": "finished"})
         return 0
     except Exception as error:
