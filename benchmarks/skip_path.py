@@ -45,12 +45,12 @@ class FixedPath(Forecaster):
         super().__init__()
         self.path, self.linear, self._step = skipped, linear, -1
 
-    def may_skip(self, log_sigma: float, latent: torch.Tensor | None = None) -> bool:
+    def may_skip(self, log_sigma: float) -> bool:
         self._step += 1
         return self._step in self.path
 
-    def forecast(self, log_sigma: float) -> torch.Tensor:
-        return super().forecast(log_sigma) if self.linear else self._nodes[-1][1]
+    def forecast(self, log_sigma: float, latent: torch.Tensor) -> torch.Tensor:
+        return super().forecast(log_sigma, latent) if self.linear else self._nodes[-1][1]
 
 
 @dataclass

@@ -167,3 +167,28 @@ def diffusers_unet(config: Config, weights: Weights) -> nn.Module:
     prefixed = {UNET_PREFIX + name: value for name, value in weights.items()}
     unet.load_state_dict(convert_ldm_unet_checkpoint(prefixed, unet.config))
     return unet.eval().requires_grad_(False)
+
+
+def official_skips(latents: list[torch.Tensor], threshold: float, max_skips: int) -> list[bool]:
+    """AdaptiveDiffusion's published procedure step by step, with its lists, for the latents after each sampler step.
+
+    Whether the step that begins at each of them uses the last noise again.
+    """
+    seen, differences, compute, reused = [], [], [], []
+    for latent in latents:
+        # at the start of a step, while fewer than four latents are known, differences are only collected
+        if len(seen) in (2, 3):
+            differences.append((seen[-1] - seen[-2]).abs().mean())
+        if len(seen) >= 3:
+            last, one_before = differences[-1], differences[-2]
+            now = (latent - seen[-1]).abs().mean()
+            differences.append(now)
+            if len(compute) > 4 and True not in compute[-max_skips:]:
+                compute.append(True)
+            else:
+                compute.append(bool(not abs((now + one_before) / 2 - last) <= last * threshold))
+            reused.append(not compute[-1])
+        else:
+            reused.append(False)
+        seen.append(latent)
+    return reused

@@ -44,8 +44,8 @@ def test_what_is_wanted_is_checked(kinds: list[str], values: dict, field: str) -
 def test_nothing_is_kept_where_nothing_is_wanted() -> None:
     settings = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], "skipping": "Forecast"})
     session = FusionSession(settings)
-    session.skips.begin_step(False)
-    session.skips.needed(0, Level(900.0, 0.1), [torch.zeros(4, 2, 2)])
+    session.skips.begin_step([torch.zeros(4, 2, 2)])
+    session.skips.needed(0, Level(900.0, 0.1))
     session.begin_call(900.0, [0, 0])
     assert session.records == Records()
 
@@ -108,10 +108,10 @@ def test_a_timeline_is_kept_with_the_estimates_and_models() -> None:
     settings = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], "skipping": "Forecast", "skip_warmup": 3})
     session = FusionSession(settings, keep=Keep.read(["skips"]))
     for step in range(6):
-        session.skips.begin_step(False)
+        session.skips.begin_step([torch.zeros(1, 2, 2)] * 2)
         level = level_at(2.0 - 0.1 * step)
         for model in (0, 1) if step else (0,):
-            needed = session.skips.needed(model, level, [torch.zeros(1, 2, 2)] * 2)
+            needed = session.skips.needed(model, level)
             for picture in needed:
                 noise = torch.full((2, 1, 2, 2), 1.0 + step)  # a line: forecasts are right
                 session.skips.observe(model, picture, level, noise, torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
@@ -122,8 +122,9 @@ def test_a_timeline_is_kept_with_the_estimates_and_models() -> None:
     assert "".join(step[0][0] for step in skips) == session.skips.paths[0][1] == "###.#."
     assert skips[0][0][1] is None
     assert skips[3][0][1] == pytest.approx(0, abs=1e-4)
-    session.skips.begin_step(True)  # in lockstep the base's decision is that of all
-    session.skips.needed(0, level_at(1.0), [torch.zeros(1, 2, 2)] * 2)
+    # in lockstep the base's decision is that of all
+    session.skips.begin_step([torch.zeros(1, 2, 2)] * 2, is_joint=True)
+    session.skips.needed(0, level_at(1.0))
     assert set(session.records.of(0).skips[-1]) == {0, 1}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from lib_fusion.engine.corrections import CorrectedSampler
 from lib_fusion.engine.loader import VAE_SCALE, DiffusionModel, check_checkpoint, load_model
-from lib_fusion.engine.samplers import make_scheduler
+from lib_fusion.engine.samplers import is_sigma_scaled, make_scheduler, sigmas_of
 from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.fusion.aggregator_files import identify_model, load_for
 from lib_fusion.fusion.hooks import attach_freeu
@@ -188,17 +189,19 @@ class Engine:
         """The final latents (B,4,H/8,W/8), float32, of (prompt, seed) pairs."""
         scheduler = make_scheduler(generation.sampler, generation.steps, self.device)
         x = self._draw_noise([seed for _, seed in jobs], generation) * scheduler.init_noise_sigma
-        alphas = [alpha_at(t, scheduler.alphas_cumprod) for t in scheduler.timesteps.cpu()]
+        sigmas = sigmas_of(scheduler)
         conditionings = self._conditionings([prompt for prompt, _ in jobs], generation, session.settings)
         rows = Rows.plain(len(jobs))
         session.guidance_scale = generation.cfg_scale
-        session.begin([*map(float, scheduler.timesteps), -1.0])
+        session.begin(sigmas)
         sampler = CorrectedSampler(scheduler, session)
         with self._hooked(session):
-            for t, alpha in zip(scheduler.timesteps, alphas, strict=True):
+            for t, sigma in zip(scheduler.timesteps, sigmas[:-1], strict=True):
+                alpha = 1 / (1 + sigma**2)
                 scaled = sampler.scheduler.scale_model_input(x, t)  # variance-preserving, whatever the sampler
                 inputs = torch.cat([scaled] * 2)
-                step = Step(session, session.schedule.level(float(t), float(t), float(alpha)), rows, list(scaled))
+                level = session.schedule.level(sigma, float(t), alpha)
+                step = Step(session, level, rows, list(x), sigma_scaled=is_sigma_scaled(scheduler))
                 step.run(range(len(inputs)), inputs, partial(self._predict, session, conditionings, inputs, t, alpha))
                 step.observe()
                 x = sampler.take(step, t, x)
@@ -229,7 +232,7 @@ class Engine:
 
     def _predict(
         self, session: FusionSession, conditionings: Sequence[torch.Tensor], inputs: torch.Tensor, t: torch.Tensor,
-        alpha: torch.Tensor, models: Sequence[int], rows: Sequence[int],
+        alpha: float, models: Sequence[int], rows: Sequence[int],
     ) -> torch.Tensor:  # fmt: skip
         """The noise (R,C,H,W) of some rows of the step: one model's, or that of all in lockstep.
 
@@ -242,7 +245,7 @@ class Engine:
         with lockstep.running(contexts[1:], mean_context(contexts)) if lockstep else nullcontext():
             output = unet(x, t.to(self.device, torch.float32).expand(len(x)), contexts[0]).float()
         if unet.prediction == "v":  # eps = sqrt(a) v + sqrt(1 - a) x, with x variance-preserving
-            output = alpha.sqrt() * output + (1 - alpha).sqrt() * x
+            output = math.sqrt(alpha) * output + math.sqrt(1 - alpha) * x
         return output
 
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
@@ -282,15 +285,6 @@ def _check_fits(base: Checkpoint, expert: Checkpoint) -> None:
             raise CheckpointError(
                 f"{file.path}: its U-Net takes {taken} channels (an inpainting model?), allowed: {file.latent_channels}"
             )
-
-
-def alpha_at(t: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
-    """alphas_cumprod at a fractional timestep, linear in log sigma as the schedulers interpolate."""
-    log_sigmas = ((1 - alphas) / alphas).log() / 2
-    low = t.floor().long().clamp(0, len(alphas) - 1)
-    high = (low + 1).clamp(max=len(alphas) - 1)
-    log_sigma = torch.lerp(log_sigmas[low], log_sigmas[high], (t - low).to(log_sigmas.dtype))
-    return 1 / (1 + (2 * log_sigma).exp())
 
 
 def single(fusion: FusionSettings, model: int) -> FusionSettings:

@@ -46,3 +46,20 @@ def make_scheduler(sampler: str, steps: int, device: str | torch.device = "cpu")
         raise ValueError(f"no sampler {sampler!r}")
     scheduler.set_timesteps(steps, device=device)
     return scheduler
+
+
+def sigmas_of(scheduler: Scheduler) -> list[float]:
+    """The noise levels of a scheduler's steps as sigmas, falling, and where the last one ends: one more than steps.
+
+    By its own sigmas where it has them, since its timesteps may be rounded.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        alphas = scheduler.alphas_cumprod[scheduler.timesteps.cpu()].double()
+        sigmas = torch.cat([((1 - alphas) / alphas).sqrt(), torch.zeros(1)])
+    return sigmas.tolist()
+
+
+def is_sigma_scaled(scheduler: Scheduler) -> bool:
+    """Whether a scheduler holds picture + sigma * noise; else its latents are variance-preserving."""
+    return isinstance(scheduler, EulerDiscreteScheduler)

@@ -13,7 +13,7 @@ import torch
 
 from lib_fusion.fusion.level import Level
 from lib_fusion.fusion.records import SkipRecord
-from lib_fusion.methods.skipping import Forecaster, LastNoise
+from lib_fusion.methods.skipping import Forecaster, LastNoise, Policy
 from lib_fusion.requests.settings import FusionSettings
 
 #: The most skips in a row where the settings leave it to the policy.
@@ -40,7 +40,7 @@ class Skips:
     makes the policy of a model and a picture instead of the settings. ``timeline``, where given, records each step.
 
     In a step, ``begin_step`` comes first and then, for each model that runs, ``needed``, ``forecast`` for the pictures
-    that it is not needed for, and ``observe`` for the others.
+    that it is not needed for, and ``observe`` for the others. Only ``begin_step`` waits for the device, once.
     """
 
     settings: FusionSettings
@@ -49,22 +49,31 @@ class Skips:
     timeline: list[SkipRecord] | None = None
 
     def __post_init__(self) -> None:
-        self._policies: dict[tuple[int, int], Forecaster | LastNoise] = {}
+        self._policies: dict[tuple[int, int], Policy] = {}
         self._corrections: list[Correction] = []
         self._most = self.settings.skip_max or POLICY_MAX.get(self.settings.skipping, 1)
         #: How many steps back a correction may go; 0: there are none.
         self.reach = self._most if self.settings.skip_correct and self.settings.skipping == "Forecast" else 0
         self._is_joint = self._spares_uncond = False
+        self._latents: Sequence[torch.Tensor] = ()
+        self._signal = 1.0
 
-    def begin_step(self, is_joint: bool = False, spares_uncond: bool = False) -> None:
-        """Begins a step; a change of either of these clears the history.
+    def begin_step(
+        self, latents: Sequence[torch.Tensor], signal: float = 1.0, is_joint: bool = False, spares_uncond: bool = False
+    ) -> None:
+        """Begins a step; a change of either of the last two clears the history.
 
+        ``latents``: each picture's (C,H,W), as the sampler holds it, with the picture in it scaled by ``signal``.
         ``is_joint``: the models make one prediction, the base's (AFA). ``spares_uncond``: unconditional rows are not
         computed.
         """
         if (is_joint, spares_uncond) != (self._is_joint, self._spares_uncond):
             self._policies.clear()
             self._is_joint, self._spares_uncond = is_joint, spares_uncond
+        self._latents, self._signal = latents, signal
+        for (_, picture), policy in self._policies.items():
+            policy.watch(latents[picture])
+        self._settle()
         if self.timeline is not None:
             self.timeline.append({})
 
@@ -73,19 +82,19 @@ class Skips:
         if self.timeline is not None:
             self.timeline.append({model: [(COMPUTED, None)] * pictures for model in models})
 
-    def needed(self, model: int, level: Level, latents: Sequence[torch.Tensor], whole: bool = False) -> list[int]:
+    def needed(self, model: int, level: Level, whole: bool = False) -> list[int]:
         """The pictures that the model must be run for in this step; ``whole``: all of them, or none.
 
-        ``latents``: each picture's (C,H,W), variance-preserving. The last step is never forecast.
+        The last step is never forecast.
         """
-        wanted = []
-        for picture, latent in enumerate(latents):
-            may = self._policy(model, picture).may_skip(level.log_sigma, latent)
+        wanted, pictures = [], range(len(self._latents))
+        for picture in pictures:
+            may = self._policy(model, picture).may_skip(level.log_sigma)
             if not may or (level.is_last and self.settings.skipping == "Forecast"):
                 wanted.append(picture)
         if whole and wanted:
-            wanted = list(range(len(latents)))
-        marks = [COMPUTED if picture in wanted else SKIPPED for picture in range(len(latents))]
+            wanted = list(pictures)
+        marks = [COMPUTED if picture in wanted else SKIPPED for picture in pictures]
         self.paths[model] = [a + b for a, b in zip(self.paths.get(model, [""] * len(marks)), marks)]
         if self.timeline is not None:
             judged = [(mark, self._policy(model, i).estimate(level.log_sigma)) for i, mark in enumerate(marks)]
@@ -95,12 +104,13 @@ class Skips:
 
     def observe(self, model: int, picture: int, level: Level, noise: torch.Tensor, weights: torch.Tensor) -> None:
         """Takes a computed noise (K,C,H,W); with ``weights`` (K,1,1,1) its rows add up to the guided noise."""
-        for log_sigma, change in self._policy(model, picture).observe(level.log_sigma, noise, weights):
+        policy = self._policy(model, picture)
+        for log_sigma, change in policy.observe(level.log_sigma, noise, weights, self._noisy(picture)):
             self._corrections.append(Correction(model, picture, log_sigma, change))
 
     def forecast(self, model: int, picture: int, level: Level) -> torch.Tensor:
         """The noise (K,C,H,W) of a picture that the model is not run for."""
-        return self._policy(model, picture).forecast(level.log_sigma)
+        return self._policy(model, picture).forecast(level.log_sigma, self._noisy(picture))
 
     def take_corrections(self) -> list[Correction]:
         """What this step has shown about those skipped before it, once."""
@@ -109,6 +119,7 @@ class Skips:
 
     def record(self) -> dict[str, Any]:
         """By model and picture: predictions computed and skipped, the path, and the relative errors of forecasts."""
+        self._settle()
         return {
             "computed": {model: [path.count(COMPUTED) for path in paths] for model, paths in self.paths.items()},
             "skipped": {model: [path.count(SKIPPED) for path in paths] for model, paths in self.paths.items()},
@@ -117,13 +128,25 @@ class Skips:
                        for model, paths in self.paths.items()},
         }  # fmt: skip
 
-    def _policy(self, model: int, picture: int) -> Forecaster | LastNoise:
+    def _noisy(self, picture: int) -> torch.Tensor:
+        """A picture's latent (C,H,W) as picture + sigma * noise."""
+        return self._latents[picture] / self._signal
+
+    def _settle(self) -> None:
+        """Fetches the numbers that decisions wait for, of all models and pictures at once."""
+        waiting = [(policy, policy.measured) for policy in self._policies.values() if policy.measured is not None]
+        if waiting:
+            values = torch.stack([measured for _, measured in waiting]).tolist()
+            for (policy, _), value in zip(waiting, values):
+                policy.settle(value)
+
+    def _policy(self, model: int, picture: int) -> Policy:
         key = (model, picture)
         if key not in self._policies:
             self._policies[key] = (self.make or self._make)(model, picture)
         return self._policies[key]
 
-    def _make(self, _model: int, _picture: int) -> Forecaster | LastNoise:
+    def _make(self, _model: int, _picture: int) -> Policy:
         s = self.settings
         if s.skipping == "Paper":
             return LastNoise(s.skip_threshold, self._most)

@@ -23,14 +23,15 @@ Predict = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
 class Step:
     """One step of a session at a noise level.
 
-    ``latents``: each picture's (C,H,W) as the skipping policies watch them; None where nothing may be skipped in this
-    step. ``whole``: a model is run for all pictures or for none. ``predicts_v``: whether the outputs of this step are
-    v predictions; else they are noise. Models that predict otherwise are converted by the host.
+    ``latents``: each picture's (C,H,W) as the sampler holds it; None where nothing may be skipped in this step.
+    ``sigma_scaled``: whether that is picture + sigma * noise; else it is variance-preserving. ``whole``: a model is run
+    for all pictures or for none. ``predicts_v``: whether the outputs of this step are v predictions; else they are
+    noise. Models that predict otherwise are converted by the host.
     """
 
     def __init__(
         self, session: FusionSession, level: Level, rows: Rows, latents: Sequence[torch.Tensor] | None = None, *,
-        whole: bool = False, predicts_v: bool = False,
+        sigma_scaled: bool = False, whole: bool = False, predicts_v: bool = False,
     ) -> None:  # fmt: skip
         self.session, self.level, self.rows = session, level, rows
         self.is_joint = session.blend.in_lockstep(level.timestep)
@@ -40,7 +41,7 @@ class Step:
         self.spares_uncond = self.scale == 1 != session.guidance_scale and rows.is_plain
         self._shares = Shares(parts={self.models[0]: 1.0})
         self._skips = None if latents is None else session.skips
-        self._latents, self._whole = latents, whole
+        self._whole = whole
         self._outputs: dict[int, list[torch.Tensor]] = {}
         self._needed: dict[int, list[int]] = {}
         self._noises: dict[int, dict[int, torch.Tensor]] = {}
@@ -48,8 +49,8 @@ class Step:
         self._guidance: list[torch.Tensor] | None = None
         # noise = signal * output + shift * input
         self._signal, self._shift = (level.signal, level.noise) if predicts_v else (1.0, 0.0)
-        if self._skips is not None:
-            self._skips.begin_step(self.is_joint, self.spares_uncond)
+        if latents is not None and self._skips is not None:
+            self._skips.begin_step(latents, 1.0 if sigma_scaled else level.signal, self.is_joint, self.spares_uncond)
 
     @property
     def skips(self) -> bool:
@@ -143,8 +144,7 @@ class Step:
         if self._skips is None:
             return rows
         if model not in self._needed:
-            assert self._latents is not None
-            self._needed[model] = needed = self._skips.needed(model, self.level, self._latents, self._whole)
+            self._needed[model] = needed = self._skips.needed(model, self.level, self._whole)
             spared = [i for i in range(self.rows.num_pictures) if i not in needed]
             self._noises[model] = {i: self._skips.forecast(model, i, self.level) for i in spared}
         return [row for row in rows if self._owners[row] in self._needed[model]]

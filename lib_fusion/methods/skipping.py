@@ -38,16 +38,12 @@ class ThirdOrderEstimator:
 
     def __init__(self, threshold: float = 0.01, max_skips: int = 4) -> None:
         self.threshold, self.max_skips = threshold, max_skips
-        self._latent: torch.Tensor | None = None
         self._distances: list[torch.Tensor] = []
         self._skipped: list[bool] = []
 
-    def observe(self, latent: torch.Tensor) -> bool:
-        """Takes the latent after a sampler step (any shape, variance-preserving); True: reuse the noise next."""
-        latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
-        if self._latent is not None:
-            self._distances = [*self._distances[-2:], (latent - self._latent).abs().mean()]
-        self._latent = latent
+    def observe(self, distance: float) -> bool:
+        """Takes d_i after the sampler step i, from the second on; True: reuse the noise next."""
+        self._distances = [*self._distances[-2:], torch.tensor(distance, dtype=torch.float32)]
         if len(self._distances) < 3:
             return False
         before_last, last, now = self._distances
@@ -66,50 +62,112 @@ class ThirdOrderEstimator:
         return abs((now + before_last) / 2 - last) / max(last, 1e-12)
 
 
-class LastNoise:
-    """AdaptiveDiffusion for one model and picture: by the estimator's decision the last noise is used again."""
+class Policy:
+    """What the policies of one model and picture have in common.
 
-    def __init__(self, threshold: float = 0.01, max_skips: int = 4) -> None:
+    In a step, ``watch`` comes first; then the host fetches ``measured`` of all policies from the device at once and
+    gives each its number by ``settle``; then ``may_skip``, and ``forecast`` or, with the computed noise, ``observe``.
+
+    ``measured``: a number on the device (0-dim) that the next decision waits for, or None. ``errors``: the relative
+    errors of the guided noise that forecasts had or would have had, as far as they are settled.
+    """
+
+    def __init__(self) -> None:
+        self.measured: torch.Tensor | None = None
         self.errors: list[float] = []
-        self._estimator = ThirdOrderEstimator(threshold, max_skips)
-        self._noise: torch.Tensor | None = None
 
-    def may_skip(self, log_sigma: float, latent: torch.Tensor) -> bool:
-        """Whether this prediction may be skipped; ``latent`` is what it would be made for, variance-preserving."""
-        return self._noise is not None and self._estimator.observe(latent)
+    def watch(self, latent: torch.Tensor) -> None:
+        """Takes the latent (C,H,W) of this step, as the sampler holds it."""
+
+    def settle(self, value: float) -> None:
+        """Takes the value of ``measured``."""
+        self.measured = None
+
+    def may_skip(self, log_sigma: float) -> bool:
+        """Whether this step's prediction, at this noise level, may be skipped."""
+        raise NotImplementedError
 
     def estimate(self, log_sigma: float) -> float | None:
-        """What was compared with the threshold at this step, or None."""
+        """What the decision compares with its limit, or None where nothing is known."""
+        raise NotImplementedError
+
+    def forecast(self, log_sigma: float, latent: torch.Tensor) -> torch.Tensor:
+        """The noise (K,C,H,W) of a skipped prediction; ``latent`` (C,H,W) is the step's, picture + sigma * noise."""
+        raise NotImplementedError
+
+    def observe(
+        self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor, latent: torch.Tensor
+    ) -> list[tuple[float, torch.Tensor]]:
+        """Takes computed noise (K,C,H,W) of all rows of the picture, at the latent that it was computed for.
+
+        ``weights`` (K,1,1,1) are those with which the rows add up to the guided noise: w and 1 - w, for one prompt
+        and the guidance scale w. Returns what is to be added to noises that were forecast before:
+        (log sigma, (K,C,H,W)), oldest first.
+        """
+        raise NotImplementedError
+
+
+class LastNoise(Policy):
+    """AdaptiveDiffusion for one model and picture: by the estimator's decision the last noise is used again.
+
+    The official code decides once for a batch, by all of its latents; here every picture decides by its own.
+    """
+
+    def __init__(self, threshold: float = 0.01, max_skips: int = 4) -> None:
+        super().__init__()
+        self._estimator = ThirdOrderEstimator(threshold, max_skips)
+        self._latent: torch.Tensor | None = None
+        self._noise: torch.Tensor | None = None
+        self._skips = False
+
+    def watch(self, latent: torch.Tensor) -> None:
+        """Takes the latent as the sampler holds it: scaled by sigma or not, which the rule is not indifferent to."""
+        if self._noise is None:  # the official code's first latent is the one after the first step
+            return
+        latent = latent.to(torch.promote_types(latent.dtype, torch.float32))
+        if self._latent is not None:
+            self.measured = (latent - self._latent).abs().mean()
+        self._latent = latent
+
+    def settle(self, value: float) -> None:
+        super().settle(value)
+        self._skips = self._estimator.observe(value)
+
+    def may_skip(self, log_sigma: float) -> bool:
+        return self._skips
+
+    def estimate(self, log_sigma: float) -> float | None:
         return self._estimator.unsteadiness
 
-    def forecast(self, log_sigma: float) -> torch.Tensor:
+    def forecast(self, log_sigma: float, latent: torch.Tensor) -> torch.Tensor:
         assert self._noise is not None, "nothing was observed yet, so may_skip is false"
         return self._noise
 
     def observe(
-        self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor
+        self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor, latent: torch.Tensor
     ) -> list[tuple[float, torch.Tensor]]:
         self._noise = noise
         return []
 
 
-class Forecaster:
+class Forecaster(Policy):
     """Error-controlled forecasts of one model's noise for one picture.
 
     ``tolerance``: the weighted error (``_weight``) up to which a prediction is skipped; 0 skips none. ``max_skips``:
-    the most in a row. ``warmup``: how many predictions are computed first, at least 3. ``errors`` are the relative
-    errors of the guided noise that the forecasts would have had, one for each computed prediction that had one.
+    the most in a row. ``warmup``: how many predictions are computed first, at least 3. ``errors`` has a relative error
+    for each computed prediction that had a forecast.
     """
 
     def __init__(self, tolerance: float = 0.15, max_skips: int = 1, warmup: int = 4) -> None:
+        super().__init__()
         self.tolerance, self.max_skips, self.warmup = tolerance, max_skips, max(warmup, 3)
-        self.errors: list[float] = []
         self._nodes: list[tuple[float, torch.Tensor]] = []  # the last three computed: log sigma, noise
         self._skipped: list[tuple[float, torch.Tensor]] = []  # since then: log sigma, forecast
         self._computed = 0
+        self._error_spans = 0.0
         self._curvature = float("inf")
 
-    def may_skip(self, log_sigma: float, latent: torch.Tensor | None = None) -> bool:
+    def may_skip(self, log_sigma: float) -> bool:
         """Whether the prediction at this noise level may be a forecast. The error of a line grows as its spans."""
         if self.tolerance <= 0 or self._computed < self.warmup or len(self._skipped) >= self.max_skips:
             return False
@@ -122,20 +180,19 @@ class Forecaster:
             return None
         return self._curvature * self._spans(log_sigma) * _weight(log_sigma)
 
-    def forecast(self, log_sigma: float) -> torch.Tensor:
+    def forecast(self, log_sigma: float, latent: torch.Tensor) -> torch.Tensor:
         """The noise (K,C,H,W) at this level, extrapolated linearly in log sigma from the last two computed."""
         noise = _interpolate(self._nodes[-2:], log_sigma)
         self._skipped.append((log_sigma, noise))
         return noise
 
     def observe(
-        self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor
+        self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor, latent: torch.Tensor
     ) -> list[tuple[float, torch.Tensor]]:
-        """Takes computed noise (K,C,H,W) of all rows of the picture.
+        """Takes computed noise; ``measured`` is then the error that its own forecast would have had.
 
-        ``weights`` (K,1,1,1) are those with which the rows add up to the guided noise: w and 1 - w, for one prompt
-        and the guidance scale w. Returns what is to be added to the noises skipped since the last computed one, by
-        quadratic interpolation through this and the two computed before: (log sigma, (K,C,H,W)), oldest first.
+        Returns the corrections of those skipped since the last computed one, by quadratic interpolation through this
+        and the two computed before.
 
         A noise level that has not fallen (samplers that evaluate one twice, or go back up) begins a new history.
         """
@@ -144,13 +201,18 @@ class Forecaster:
         if len(self._nodes) >= 2:
             wrong = noise - _interpolate(self._nodes[-2:], log_sigma)
             error, size = (torch.linalg.vector_norm((weights * rows).sum(0)) for rows in (wrong, noise))
-            spans = self._spans(log_sigma)
-            self.errors.append(float(error / size.clamp_min(1e-12)))
-            self._curvature = self.errors[-1] / spans if spans > 0 else float("inf")
+            self.measured = error / size.clamp_min(1e-12)
+            self._error_spans = self._spans(log_sigma)
         self._nodes = [*self._nodes[-2:], (log_sigma, noise)]
         self._computed += 1
         skipped, self._skipped = self._skipped, []
         return [(level, CORRECTION * (_interpolate(self._nodes, level) - was)) for level, was in skipped]
+
+    def settle(self, value: float) -> None:
+        """Takes the error of the last forecast that a computed noise was compared with."""
+        super().settle(value)
+        self.errors.append(value)
+        self._curvature = value / self._error_spans if self._error_spans > 0 else float("inf")
 
     def _spans(self, log_sigma: float) -> float:
         (first, _), (second, _) = self._nodes[-2:]

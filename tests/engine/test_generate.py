@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from lib_fusion.engine.generate import Engine, alpha_at, single
-from lib_fusion.engine.samplers import make_scheduler
+from lib_fusion.engine.generate import Engine, single
+from lib_fusion.engine.samplers import make_scheduler, sigmas_of
 from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.fusion.records import Keep
 from lib_fusion.fusion.session import FusionSession
@@ -149,11 +152,22 @@ def test_v_prediction_is_converted_to_noise(pair, monkeypatch):
     torch.testing.assert_close(latents(engine, FusionSettings()), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_alphas_between_timesteps():
-    alphas = make_scheduler("DDIM", 50).alphas_cumprod
-    for t in (0, 1, 500, 999):
-        torch.testing.assert_close(alpha_at(torch.tensor(float(t)), alphas), alphas[t])
-    assert alphas[501] < alpha_at(torch.tensor(500.5), alphas) < alphas[500]
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_noise_levels_are_the_schedulers_own(sampler):
+    """Also where its timesteps are rounded, so that two of them coincide (DPM++ Karras, 50 steps)."""
+    scheduler = make_scheduler(sampler, 50)
+    sigmas = sigmas_of(scheduler)
+    assert len(sigmas) == 51
+    assert sigmas[-1] == 0
+    assert all(a > b * 1.001 for a, b in itertools.pairwise(sigmas))
+    for sigma, t in zip(sigmas, scheduler.timesteps.tolist(), strict=False):
+        assert abs(t - timestep_of(sigma, scheduler.alphas_cumprod)) < 0.51  # rounded or not
+
+
+def timestep_of(sigma: float, alphas: torch.Tensor) -> float:
+    """The timestep at which a picture of variance one has noise of this deviation, linear in log sigma."""
+    log_sigmas = ((1 - alphas) / alphas).log().numpy() / 2
+    return float(np.interp(math.log(sigma), log_sigmas, np.arange(len(alphas))))
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ from lib_fusion.engine.generate import Engine
 from lib_fusion.errors import FusionError
 from lib_fusion.fusion.lockstep import Lockstep, mean_context
 from lib_fusion.fusion.session import AGGREGATOR, FusionSession
-from lib_fusion.methods.skipping import ThirdOrderEstimator
+from lib_fusion.methods.skipping import LastNoise
 from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 from tests.engine.test_generate import ANIMALS, ONE, VEHICLES
 from tests.fusion.test_lockstep import models, told, trained
 from tests.methods.test_afa import inputs, small
+from tests.methods.test_skipping import decide
 
 GENERATION = GenerationSettings(("a fox",), width=64, height=64, steps=3)
 UNIFORM = replace(ONE, method="AFA", afa_maps="uniform")
@@ -99,6 +100,5 @@ def test_decisions_of_half_precision_latents_are_those_of_single() -> None:
     path = [torch.randn(4, 8, 8, generator=generator)]
     for i in range(60):
         path.append(path[-1] * 0.97 + 0.002 * i * torch.randn(4, 8, 8, generator=generator))
-    estimators = [ThirdOrderEstimator(0.05), ThirdOrderEstimator(0.05)]
     halves = [latent.half() for latent in path]
-    assert [estimators[0].observe(x) for x in halves] == [estimators[1].observe(x.float()) for x in halves]
+    assert decide(LastNoise(0.05), halves) == decide(LastNoise(0.05), [x.float() for x in halves])

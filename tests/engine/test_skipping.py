@@ -23,7 +23,7 @@ from lib_fusion.fusion.rows import Rows
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.fusion.step import Step
 from lib_fusion.requests.settings import GENERATION_PARAMETERS, ExpertSettings, FusionSettings, GenerationSettings
-from tests.helpers import PLAIN
+from tests.helpers import PLAIN, official_skips
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 SAMPLERS = next(row.choices for row in GENERATION_PARAMETERS if row.key == "sampler")
@@ -51,6 +51,40 @@ def test_without_tolerance_it_is_off_bit_for_bit(engine, sampler):
     paper = FusionSettings(skipping="Paper", skip_threshold=0.0)
     for fusion in (replace(ON, skip_tolerance=0.0), replace(ON, skip_warmup=1000), paper):
         assert torch.equal(draw(engine, fusion, generation)[0], off)
+
+
+def run_official(engine: Engine, generation: GenerationSettings, threshold: float) -> tuple[str, torch.Tensor]:
+    """AdaptiveDiffusion's sampling loop for one picture on diffusers' scheduler: its path and its final latents."""
+    scheduler, unet = make_scheduler(generation.sampler, generation.steps), engine.models[0].unet
+    context = engine.models[0].text([generation.prompts[0], ""])
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(generation.seed))
+    x, seen, path, kept = noise * scheduler.init_noise_sigma, [], "", None
+    for t in scheduler.timesteps:
+        reuses = bool(seen) and official_skips(seen, threshold, 4)[-1]
+        if not reuses:
+            inputs = scheduler.scale_model_input(torch.cat([x, x]), t)
+            kept = unet(inputs, t.float().expand(2), context)
+        cond, uncond = kept.chunk(2)
+        x = scheduler.step(uncond + generation.cfg_scale * (cond - uncond), t, x).prev_sample
+        seen.append(x)
+        path += SKIPPED if reuses else COMPUTED
+    return path, x
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@torch.no_grad()
+def test_the_papers_policy_is_the_official_one_decision_for_decision(engine, sampler):
+    skipped = 0
+    for seed, prompt in enumerate(PROMPTS[:2]):
+        for steps, threshold in ((16, 0.05), (40, 0.01)):
+            generation = replace(GENERATION, prompts=(prompt,), sampler=sampler, steps=steps, seed=seed)
+            path, expected = run_official(engine, generation, threshold)
+            session = FusionSession(FusionSettings(skipping="Paper", skip_threshold=threshold))
+            latents = engine.denoise([(prompt, seed)], generation, session)
+            assert session.skips.paths == {0: [path]}
+            assert torch.equal(latents, expected)
+            skipped += path.count(SKIPPED)
+    assert skipped > 15
 
 
 @pytest.mark.parametrize("policy", ["Forecast", "Paper"])

@@ -23,6 +23,7 @@ from lib_fusion.fusion.session import FusionSession, make_freeu
 from lib_fusion.fusion.step import Step
 from lib_fusion.methods import snb
 from lib_fusion.methods.freeu import Stage
+from lib_fusion.methods.skipping import Policy
 from lib_fusion.requests.settings import FusionSettings
 from tests.helpers import PLAIN
 
@@ -212,23 +213,23 @@ def test_without_the_unconditional_half_the_last_mask_is_used() -> None:
     assert torch.equal(half(), c)
 
 
-class EverySecond:
+class EverySecond(Policy):
     """A policy that skips its second step and forecasts a number."""
 
-    errors: list[float] = []
-
     def __init__(self, forecast: float) -> None:
+        super().__init__()
         self.value, self.steps, self.seen = forecast, 0, []
 
-    def may_skip(self, log_sigma: float, latent: torch.Tensor) -> bool:
+    def may_skip(self, log_sigma: float) -> bool:
         self.steps += 1
         return self.steps == 2
 
-    def forecast(self, log_sigma: float) -> torch.Tensor:
+    def forecast(self, log_sigma: float, latent: torch.Tensor) -> torch.Tensor:
+        self.latent = latent
         return torch.full((2, 4, *SIZE), self.value)
 
-    def observe(self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor) -> list:
-        self.seen.append((log_sigma, noise.clone(), weights.flatten().tolist()))
+    def observe(self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor, latent: torch.Tensor) -> list:
+        self.seen.append((log_sigma, noise.clone(), weights.flatten().tolist(), latent))
         return []
 
 
@@ -259,7 +260,7 @@ def test_rows_that_are_not_needed_are_forecast(predicts_v: bool, splits: list[in
     torch.testing.assert_close(a * output[[1, 3]] + b * x[[1, 3]], torch.full((2, 4, *SIZE), 0.25))
     assert s.rows == [4 + 2]
     assert s.skipped_rows == [2]
-    log_sigma, noise, weights = policies[0].seen[1]
+    log_sigma, noise, weights, _ = policies[0].seen[1]
     assert log_sigma == pytest.approx(0)
     torch.testing.assert_close(noise, a * models.outputs[0][[0, 2]] + b * x[[0, 2]])
     assert weights == [7, -6]
@@ -437,8 +438,8 @@ def test_a_step_keeps_the_history_unless_it_is_of_another_sort() -> None:
     made: list[EverySecond] = []
     skips = Skips(FusionSettings(skipping="Forecast"), make=lambda *_: made.append(EverySecond(0.0)) or made[-1])
     for options in ({"is_joint": False, "spares_uncond": False}, {}, {"is_joint": True}, {"is_joint": True}):
-        skips.begin_step(**options)
-        skips.needed(0, Level(500, 0.5), [torch.zeros(4, *SIZE)])
+        skips.begin_step([torch.zeros(4, *SIZE)], **options)
+        skips.needed(0, Level(500, 0.5))
     assert len(made) == 2
 
 
@@ -447,8 +448,8 @@ def test_the_record_of_skips() -> None:
     policy.errors = [0.1234567]
     skips = Skips(FusionSettings(skipping="Forecast"), make=lambda *_: policy)
     for _ in range(3):
-        skips.begin_step()
-        skips.needed(0, Level(500, 0.5), [torch.zeros(4, *SIZE)])
+        skips.begin_step([torch.zeros(4, *SIZE)])
+        skips.needed(0, Level(500, 0.5))
     assert skips.record() == {
         "computed": {0: [2]}, "skipped": {0: [1]}, "paths": {0: ["#.#"]}, "errors": {0: [[0.12346]]},
     }  # fmt: skip
@@ -478,9 +479,9 @@ def test_freeus_schedule_is_checked_against_the_pass() -> None:
 @pytest.mark.parametrize(("policy", "needed"), [("Forecast", [0]), ("Paper", [])])
 def test_the_last_step_is_never_forecast(policy: str, needed: list[int]) -> None:
     skips = Skips(FusionSettings(skipping=policy), make=lambda *_: EverySecond(0.0))
-    latents = [torch.zeros(4, *SIZE)]
-    assert skips.needed(0, Level(500, 0.5), latents) == [0]
-    assert skips.needed(0, Level(20, 0.9, 1, is_last=True), latents) == needed
+    skips.begin_step([torch.zeros(4, *SIZE)])
+    assert skips.needed(0, Level(500, 0.5)) == [0]
+    assert skips.needed(0, Level(20, 0.9, 1, is_last=True)) == needed
     assert skips.paths == {0: ["##" if needed else "#."]}
 
 
@@ -488,8 +489,8 @@ def test_of_models_in_lockstep_each_has_the_common_record() -> None:
     settings = FusionSettings.from_dict({"experts": [{"checkpoint": "a"}], "method": "AFA", "skipping": "Forecast"})
     skips = Skips(settings, timeline=[])
     for is_joint in (True, False):
-        skips.begin_step(is_joint, spares_uncond=False)
-        skips.needed(0, Level(500, 0.5), [torch.zeros(4, *SIZE)])
+        skips.begin_step([torch.zeros(4, *SIZE)], 1.0, is_joint, spares_uncond=False)
+        skips.needed(0, Level(500, 0.5))
     assert skips.timeline == [{0: [("#", None)], 1: [("#", None)]}, {0: [("#", None)]}]
 
 
@@ -497,7 +498,7 @@ def test_a_step_says_whether_its_models_are_in_lockstep() -> None:
     begun = []
     s = session(method="AFA", afa_maps="uniform", snb_window="600:0", snb_outside="average", skipping="Forecast",
                 guidance="always", guidance_until=400, guidance_after=1)  # fmt: skip
-    s.skips = SimpleNamespace(begin_step=lambda is_joint, spares_uncond: begun.append((is_joint, spares_uncond)))
+    s.skips = SimpleNamespace(begin_step=lambda _latents, _signal, *options: begun.append(options))
     for t in (700, 500, 400):
         Step(s, Level(t, 0.5), Rows.plain(2), list(torch.zeros(2, 4, *SIZE)))
     assert begun == [(False, False), (True, False), (True, True)]
@@ -508,4 +509,42 @@ def test_pictures_are_judged_one_by_one_unless_they_are_a_whole() -> None:
         policies = [EverySecond(0.0), EverySecond(0.0)]
         policies[1].steps = 1  # skips the first
         skips = Skips(FusionSettings(skipping="Forecast"), make=lambda _model, i, made=policies: made[i])
-        assert skips.needed(0, Level(500, 0.5), list(torch.zeros(2, 4, *SIZE)), **options) == needed
+        skips.begin_step(list(torch.zeros(2, 4, *SIZE)))
+        assert skips.needed(0, Level(500, 0.5), **options) == needed
+
+
+@pytest.mark.parametrize("sigma_scaled", [False, True])
+def test_policies_get_latents_as_the_sampler_holds_them_and_as_picture_and_noise(sigma_scaled: bool) -> None:
+    policy = EverySecond(0.0)
+    watched = []
+    policy.watch = watched.append
+    s = session(experts=0, skipping="Forecast")
+    s.skips = Skips(s.settings, make=lambda *_: policy)
+    x = torch.randn(1, 4, *SIZE, generator=torch.Generator().manual_seed(1))
+    held = x / 0.2**0.5 if sigma_scaled else x
+    for _ in range(2):
+        step = Step(s, Level(500, 0.2), Rows.plain(1), list(held), sigma_scaled=sigma_scaled)
+        step.run(range(2), torch.cat([x, x]), Models({0: torch.zeros(2, 4, *SIZE)}))
+        step.observe()
+    assert torch.equal(watched[0], held[0])
+    for latent in (policy.seen[0][3], policy.latent):
+        torch.testing.assert_close(latent, x[0] / 0.2**0.5)
+
+
+def test_decisions_wait_for_the_device_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models, three pictures: one transfer a step brings all that they have measured."""
+    transfers = []
+    for name in ("tolist", "item", "__float__", "__bool__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, real=real: transfers.append(self) or real(self))
+    s = session(skipping="Forecast", skip_tolerance=10)
+    cond = {i: torch.randn(3, 4, *SIZE) for i in range(2)}
+    models = halves(cond, {i: torch.randn(3, 4, *SIZE) for i in range(2)})
+    for i in range(8):
+        transfers.clear()
+        level = Level(900 - 100 * i, 0.1 * (i + 1))
+        step = Step(s, level, Rows.plain(3), list(torch.zeros(3, 4, *SIZE)))
+        step.run(range(6), torch.zeros(6, 4, *SIZE), models)
+        step.observe()
+        assert len(transfers) <= 1
+    assert s.skips.paths == {0: ["####.#.#"] * 3, 1: ["####.#.#"] * 3}

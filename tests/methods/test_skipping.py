@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,31 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_fusion.methods.skipping import CORRECTION, Forecaster, LastNoise, ThirdOrderEstimator
+from lib_fusion.methods.skipping import CORRECTION, Forecaster, LastNoise
+from tests.helpers import official_skips
 
 GUIDED = torch.tensor([5.0, -4.0]).view(2, 1, 1, 1)
-
-
-def official(latents: list[torch.Tensor], threshold: float, max_skips: int) -> list[bool]:
-    """The published procedure step by step, with its lists: whether each step after this latent reuses the noise."""
-    seen, differences, compute, reused = [], [], [], []
-    for latent in latents:
-        # at the start of a step, while fewer than four latents are known, differences are only collected
-        if len(seen) in (2, 3):
-            differences.append((seen[-1] - seen[-2]).abs().mean())
-        if len(seen) >= 3:
-            last, one_before = differences[-1], differences[-2]
-            now = (latent - seen[-1]).abs().mean()
-            differences.append(now)
-            if len(compute) > 4 and True not in compute[-max_skips:]:
-                compute.append(True)
-            else:
-                compute.append(bool(not abs((now + one_before) / 2 - last) <= last * threshold))
-            reused.append(not compute[-1])
-        else:
-            reused.append(False)
-        seen.append(latent)
-    return reused
+LATENT = torch.zeros(1)  # forecasts of noise do not need it
 
 
 def walk(seed: int, steps: int = 24) -> list[torch.Tensor]:
@@ -51,70 +30,61 @@ def walk(seed: int, steps: int = 24) -> list[torch.Tensor]:
     return result
 
 
-def test_estimator_decides_as_the_official_code_on_a_thousand_sequences():
+def decide(policy: LastNoise, latents: list[torch.Tensor]) -> list[bool]:
+    """The policy's decisions for the steps that begin at these latents; the first noise came before them."""
+    policy.observe(9.0, torch.zeros(2, 1, 2, 2), GUIDED, latents[0])
+    decisions = []
+    for latent in latents:
+        policy.watch(latent)
+        if policy.measured is not None:
+            policy.settle(policy.measured.item())
+        decisions.append(policy.may_skip(1.0))
+    return decisions
+
+
+def test_it_decides_as_the_official_code_on_a_thousand_sequences():
     reuses = 0
     for seed in range(1000):
         latents = walk(seed)
         threshold, most = (0.003, 0.01, 0.03, 0.1)[seed % 4], 1 + seed % 5
-        estimator = ThirdOrderEstimator(threshold, most)
-        decisions = [estimator.observe(latent) for latent in latents]
-        assert decisions == official(latents, threshold, most)
+        decisions = decide(LastNoise(threshold, most), latents)
+        assert decisions == official_skips(latents, threshold, most)
         reuses += sum(decisions)
     assert 2000 < reuses < 18000
 
 
-def test_estimator_decides_as_the_official_code_on_real_latents():
-    pytest.importorskip("diffusers")
-    from lib_fusion.engine.corrections import CorrectedSampler
-    from lib_fusion.engine.generate import Engine
-    from lib_fusion.fusion.session import FusionSession
-    from lib_fusion.requests.settings import FusionSettings, GenerationSettings
-
-    engine = Engine(Path(__file__).resolve().parents[2] / "demo/general.safetensors")
-    latents: list[torch.Tensor] = []
-    take = CorrectedSampler.take
-
-    def record(self, step, t, latent):
-        latents.append(take(self, step, t, latent))
-        return latents[-1]
-
-    reuses = 0
-    for sampler in ("DDIM", "DPM++ 2M Karras", "Euler Karras"):
-        latents.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(CorrectedSampler, "take", record)
-            generation = GenerationSettings(("a dog, flat drawing",), width=128, height=128, steps=40, sampler=sampler)
-            engine.denoise([("a dog, flat drawing", 3)], generation, FusionSession(FusionSettings()))
-        estimator = ThirdOrderEstimator()
-        decisions = [estimator.observe(latent) for latent in latents]
-        assert len(decisions) == 40
-        assert decisions == official(latents, 0.01, 4)
-        reuses += sum(decisions)
-    assert reuses > 10
-
-
 def test_most_in_a_row_holds_only_after_five_decisions():
-    line = [torch.full((1, 1, 2, 2), float(i)) for i in range(20)]  # even steps: always below the threshold
-    estimator = ThirdOrderEstimator(0.01, 2)
-    decisions = [estimator.observe(latent) for latent in line]
-    assert decisions == [False] * 3 + [True] * 5 + [False, True, True] * 4
+    line = [torch.full((1, 2, 2), float(i)) for i in range(20)]  # even steps: always below the threshold
+    assert decide(LastNoise(0.01, 2), line) == [False] * 3 + [True] * 5 + [False, True, True] * 4
 
 
 def test_paper_policy_gives_the_last_noise_again():
     policy = LastNoise(0.01, 4)
-    assert not policy.may_skip(2.0, torch.zeros(1, 2, 2))
+    policy.watch(torch.zeros(1, 2, 2))
+    assert not policy.may_skip(2.0)
+    assert policy.measured is None  # the latent before the first noise is not watched
     for i in range(4):
-        noise = torch.randn(2, 1, 2, 2)
-        assert policy.observe(2.0 - i, noise, GUIDED) == []
-        skips = policy.may_skip(1.0 - i, torch.full((1, 2, 2), float(i)))
-    assert skips
-    assert torch.equal(policy.forecast(0.0), noise)
+        noise, latent = torch.randn(2, 1, 2, 2), torch.full((1, 2, 2), float(i))
+        assert policy.observe(2.0 - i, noise, GUIDED, latent) == []
+        policy.watch(latent)
+        if policy.measured is not None:
+            policy.settle(policy.measured.item())
+    assert policy.may_skip(-1.0)
+    assert torch.equal(policy.forecast(0.0, latent), noise)
+
+
+def see(policy: Forecaster, level: float, noise: torch.Tensor) -> list[tuple[float, torch.Tensor]]:
+    """Shows a computed noise, and fetches what was measured as the host does."""
+    found = policy.observe(level, noise, GUIDED, LATENT)
+    if policy.measured is not None:
+        policy.settle(policy.measured.item())
+    return found
 
 
 def fill(policy: Forecaster, levels: list[float], course) -> None:
     for level in levels:
         assert not policy.may_skip(level)
-        policy.observe(level, course(level), GUIDED)
+        see(policy, level, course(level))
 
 
 def test_a_straight_course_is_forecast_exactly_and_always_skipped():
@@ -123,7 +93,7 @@ def test_a_straight_course_is_forecast_exactly_and_always_skipped():
     fill(policy, [2.5, 2.2, 1.7, 1.5], lambda level: a + level * b)
     for level in (1.4, 1.0, 0.9):
         assert policy.may_skip(level)
-        torch.testing.assert_close(policy.forecast(level), a + level * b)
+        torch.testing.assert_close(policy.forecast(level, LATENT), a + level * b)
     assert not policy.may_skip(0.5)
 
 
@@ -147,7 +117,7 @@ def test_error_and_decision_are_those_of_the_formulas():
     for tolerance, skips in ((bound * 1.001, True), (bound * 0.999, False)):
         policy = Forecaster(tolerance)
         for level, noise in zip(levels, noises, strict=True):
-            policy.observe(level, noise, GUIDED)
+            see(policy, level, noise)
         assert policy.errors[-1] == pytest.approx(error)
         assert policy.may_skip(next_level) is skips
 
@@ -163,12 +133,12 @@ def test_the_next_computed_noise_corrects_the_skipped_ones():
     forecasts = {}
     for level in (1.2, 0.9):
         assert policy.may_skip(level)
-        forecasts[level] = policy.forecast(level)
-    found = policy.observe(0.6, course(0.6), GUIDED)
+        forecasts[level] = policy.forecast(level, LATENT)
+    found = see(policy, 0.6, course(0.6))
     assert [level for level, _ in found] == [1.2, 0.9]
     for level, change in found:
         torch.testing.assert_close(change, CORRECTION * (course(level) - forecasts[level]))
-    assert policy.observe(0.5, course(0.5), GUIDED) == []
+    assert see(policy, 0.5, course(0.5)) == []
 
 
 @settings(deadline=None, max_examples=60)
@@ -180,11 +150,11 @@ def test_warm_up_and_most_in_a_row_hold_whatever_comes(max_skips, warmup, tolera
         level -= 0.01 + 0.3 * float(torch.rand(1, generator=generator))
         if policy.may_skip(level):
             run += 1
-            assert torch.isfinite(policy.forecast(level)).all()
+            assert torch.isfinite(policy.forecast(level, LATENT)).all()
             assert computed >= max(3, warmup)
             assert run <= max_skips
         else:
-            found = policy.observe(level, torch.randn(2, 1, 2, 2, generator=generator), GUIDED)
+            found = see(policy, level, torch.randn(2, 1, 2, 2, generator=generator))
             assert len(found) == run
             run, computed = 0, computed + 1
 
@@ -194,9 +164,9 @@ def test_a_noise_level_that_does_not_fall_begins_a_new_history():
     policy = Forecaster(tolerance=1e9, max_skips=3)
     for level in (2.0, 1.5, 1.5, 1.0, 1.0, 0.5, 0.5, 0.0, 0.0):
         assert not policy.may_skip(level)
-        policy.observe(level, torch.randn(2, 1, 2, 2), GUIDED)
-    policy.observe(-1.0, torch.randn(2, 1, 2, 2), GUIDED)
-    policy.observe(-1.5, torch.randn(2, 1, 2, 2), GUIDED)
+        see(policy, level, torch.randn(2, 1, 2, 2))
+    see(policy, -1.0, torch.randn(2, 1, 2, 2))
+    see(policy, -1.5, torch.randn(2, 1, 2, 2))
     assert policy.may_skip(-2.0)
     assert not policy.may_skip(-1.5)
 
@@ -207,19 +177,15 @@ def test_a_correction_goes_by_the_last_three_computed():
     levels = [2.0, 1.8, 1.5, 1.3, 0.6]
     noises = [torch.randn(2, 4, 3, 3, dtype=torch.float64) for _ in levels]
     for level, noise in zip(levels[:4], noises, strict=False):
-        assert policy.observe(level, noise, GUIDED) == []
-    was = policy.forecast(1.0)
-    ((_, change),) = policy.observe(levels[4], noises[4], GUIDED)
+        assert see(policy, level, noise) == []
+    was = policy.forecast(1.0, LATENT)
+    ((_, change),) = see(policy, levels[4], noises[4])
     parabola = np.polyfit(levels[2:], torch.stack(noises[2:]).flatten(1).numpy(), 2)
     expected = torch.from_numpy(np.polyval(parabola, 1.0)).view(2, 4, 3, 3)
     torch.testing.assert_close(change, CORRECTION * (expected - was))
 
 
 def test_the_papers_policy_skips_four_in_a_row_unless_told():
-    line = [torch.full((1, 1, 2, 2), float(i)) for i in range(20)]
-    policy = LastNoise()
-    policy.observe(1.0, torch.zeros(2, 1, 2, 2), GUIDED)
+    line = [torch.full((1, 2, 2), float(i)) for i in range(20)]
     expected = [False] * 3 + [True] * 5 + [False, True, True, True, True] * 2 + [False, True]
-    assert [policy.may_skip(1.0, latent) for latent in line] == expected
-    estimator = ThirdOrderEstimator()
-    assert [estimator.observe(latent) for latent in line] == expected
+    assert decide(LastNoise(), line) == expected

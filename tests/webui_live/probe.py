@@ -11,6 +11,7 @@ from modules import devices, script_callbacks, scripts, sd_models, sd_unet, shar
 armed = {}
 armed_norm = []
 counted, counting = [0, 0], []
+traced, tracing = [], []
 
 
 def state():
@@ -91,6 +92,26 @@ def count(on: bool):
     return counted
 
 
+def trace(on: bool):
+    """Keeps the first picture's latent of each step, as the sampler holds it, and whether the base U-Net ran in it.
+
+    When switched off, tells them: a list of [latent, ran].
+    """
+    if on:
+        traced[:] = []
+
+        def note(_, args):
+            traced[-1][1] = True
+
+        counting.append(shared.sd_model.model.diffusion_model.register_forward_pre_hook(note))
+        tracing.append(True)
+    else:
+        tracing.clear()
+        while counting:
+            counting.pop().remove()
+    return [] if on else traced
+
+
 def encode(text: str, expert: str = ""):
     """A text's states, as a digest: by the host's own conditioner, or by one that is built for an expert."""
     model, before = shared.sd_model, torch.get_rng_state()
@@ -160,6 +181,8 @@ def signatures(names: str):
 
 
 def on_step(params):
+    if tracing:
+        traced.append([params.x[0].flatten().tolist(), False])
     if not armed or params.denoiser.step < armed["step"]:
         return
     what = armed.pop("what")
@@ -197,7 +220,7 @@ def shrink_controlnet():
 
 def add_routes(_, app):
     shrink_controlnet()
-    handlers = (state, fusion, arm, half, signatures, count, encode, comments)
+    handlers = (state, fusion, arm, half, signatures, count, trace, encode, comments)
     for name, handler in ((handler.__name__, handler) for handler in handlers):
         app.add_api_route(f"/probe/{name}", handler, methods=["GET"])
 

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from tests.helpers import official_skips
 from tests.webui_live.client import PICTURE, TITLE, Client, Pictures, decode, encode, expert
 from tests.webui_live.conftest import Names
 from tests.webui_live.test_identity import HIRES, picture
@@ -75,6 +77,23 @@ def test_a_picture_does_not_depend_on_its_neighbour(client: Client) -> None:
     assert sum(rows(one)[0][0] for one in alone) == rows(both)[0][0]
     for i, one in enumerate(alone):
         assert np.abs(both.pixels[i].astype(int) - one.pixels[0]).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "sampler", ["Euler", "DPM++ 2M", "DDIM", "UniPC", "PLMS", "LMS", "Heun", "DPM2", "Euler a", "DPM++ SDE"]
+)
+def test_the_papers_policy_is_the_official_one_for_the_latents_that_the_sampler_holds(
+    client: Client, sampler: str
+) -> None:
+    client.ask("/probe/trace", on=True)
+    paper = {"skipping": "Paper", "skip_threshold": 0.05}
+    pictures = client.draw(paper, sampler_name=sampler, **STEPS)
+    steps = client.ask("/probe/trace", on=False)
+    latents = [torch.tensor(latent) for latent, _ in steps[1:]]
+    skipped = [not ran for _, ran in steps]
+    assert skipped == [False, *official_skips(latents, 0.05, 4)]
+    assert rows(pictures)[0] == (2 * skipped.count(False), 2 * len(skipped))
+    assert any(skipped) or sampler in ("Heun", "Euler a", "DPM++ SDE")  # whose latents go to and fro
 
 
 CASES = {

@@ -14,7 +14,6 @@ from torch import nn
 
 from lib_fusion.errors import FusionError
 from lib_fusion.fusion.blend import BASE
-from lib_fusion.fusion.level import Level
 from lib_fusion.fusion.lockstep import Lockstep, mean_context
 from lib_fusion.fusion.rows import Rows
 from lib_fusion.fusion.step import Step
@@ -118,14 +117,11 @@ class HostStep:
         sd_model, session = self.fusion.sd_model, self.fusion.session
         value = float(self.sigma[0])
         level = session.schedule.level(value, timestep, alpha_of(self.denoiser, value, sd_model.alphas_cumprod))
-        latents = list(self._latents(level)) if self._may_skip else None
+        latents = list(self._x[self.rows.first_rows()]) if self._may_skip else None
         whole = has_other_forward(sd_model.model.diffusion_model)
-        return Step(session, level, self.rows, latents, whole=whole, predicts_v=sd_model.parameterization == "v")
-
-    def _latents(self, level: Level) -> torch.Tensor:
-        """Each picture's latents (B,C,H,W), variance-preserving."""
-        first = self._x[self.rows.first_rows()]
-        return first if has_timesteps(self.denoiser) else first * level.signal
+        scaled = not has_timesteps(self.denoiser)
+        is_v = sd_model.parameterization == "v"
+        return Step(session, level, self.rows, latents, sigma_scaled=scaled, whole=whole, predicts_v=is_v)
 
     def _predict(self, call: Call, start: int, models: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         """Raw output of one model, or of all in lockstep, for some rows of the step, which are in ``call``."""
