@@ -309,7 +309,7 @@ def test_skipping_begins_again_where_the_unconditional_rows_end() -> None:
     assert len(made) == 4  # two pictures, before and after
     assert [rows for _, rows in models.calls] == [[0, 1, 2, 3], [0, 1]]
     assert torch.equal(output, torch.full_like(output, 0.5))
-    _, noise, weights = made[2].seen[0]
+    _, noise, weights, *_ = made[2].seen[0]
     assert weights == [1, 0]
     assert torch.equal(noise[0], noise[1])
     assert s.rows == [6]

@@ -132,7 +132,7 @@ class Host:
 
     def start(self) -> None:
         """Starts it and waits until it has started."""
-        self._log = (self.data / "host.log").open("w")
+        self._log = (self.data / "host.log").open("w", encoding="utf-8")
         self.process = subprocess.Popen(self._command, cwd=self._folder, env=environment(), stdout=self._log,
                                         stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         self.starts = 0
