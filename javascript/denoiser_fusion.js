@@ -8,6 +8,8 @@ var denoiserFusion = {};
     // The controls on whose choices others depend, by the classes that panel.py gives these.
     const CHOOSERS = ['method', 'afa_maps', 'freeu', 'skipping', 'guidance'];
     const EXPERTS = [1, 2, 3];
+    const SAME_AS_BASE = 'same as base';
+    const LORA = /<(?:lora|lyco):([^:>]+)/g;
     const PANEL = tab => `#script_${tab}_denoiser_fusion_`;
 
     function find(tab, element) {
@@ -25,10 +27,18 @@ var denoiserFusion = {};
         return name !== '' && name !== 'None';
     }
 
+    // An expert's checkpoint, and the LoRAs that its prompt names.
+    function nameOf(tab, i) {
+        const checkpoint = read(tab, `expert${i}_checkpoint`);
+        const loras = [...read(tab, `expert${i}_prompt`).matchAll(LORA)].map(found => found[1]);
+        const name = checkpoint.replace(/^.*[\\/]/, '').replace(/\.\w+$/, '');
+        return [checkpoint === SAME_AS_BASE && loras.length ? 'base' : name, ...loras].join(' + ');
+    }
+
     function summarise(tab) {
-        const experts = EXPERTS.map(i => read(tab, `expert${i}_checkpoint`)).filter(isCheckpoint);
+        const experts = EXPERTS.filter(i => isCheckpoint(read(tab, `expert${i}_checkpoint`)));
         const method = read(tab, 'method');
-        const names = experts.map(name => name.replace(/^.*[\\/]/, '').replace(/\.\w+$/, '')).join(', ');
+        const names = experts.map(i => nameOf(tab, i)).join(', ');
         const freeu = read(tab, 'freeu');
         const skipping = read(tab, 'skipping');
         return [
@@ -166,7 +176,34 @@ var denoiserFusion = {};
         });
     }
 
+    // A LoRA's card in the host's gallery goes into the expert's prompt that was written in last, of all prompts of the
+    // tab; else where the host puts it. An expert without a checkpoint becomes the base with that LoRA.
+    function setupCards() {
+        const chosen = {};
+        for (const tab of ['txt2img', 'img2img']) {
+            for (const i of EXPERTS) {
+                const prompt = find(tab, `expert${i}_prompt textarea`);
+                prompt?.addEventListener('focus', () => chosen[tab] = {expert: i, prompt});
+            }
+            for (const name of ['prompt', 'neg_prompt']) {
+                const prompt = gradioApp().querySelector(`#${tab}_${name} textarea`);
+                prompt?.addEventListener('focus', () => delete chosen[tab]);
+            }
+        }
+        const original = window.cardClicked;
+        if (!original) return;
+        window.cardClicked = function(tab, text, negative, ...rest) {
+            const target = chosen[tab];
+            if (!target || !text.match(LORA)) return original(tab, text, negative, ...rest);
+            const name = `expert${target.expert}`;
+            updatePromptArea(text, target.prompt);
+            if (negative) updatePromptArea(negative, find(tab, `${name}_negative_prompt textarea`), true);
+            if (!isCheckpoint(read(tab, `${name}_checkpoint`))) find(tab, `${name}_same`).click();
+        };
+    }
+
     onUiLoaded(function() {
+        setupCards();
         for (const tab of ['txt2img', 'img2img']) {
             // Presets and pasted settings change values without an event, so the panel looks for itself.
             const look = function() {

@@ -27,6 +27,8 @@ ELSEWHERE = "another extension runs the U-Net's blocks by itself"
 TILES = "another extension gives the U-Net other rows than the step has, such as tiles"
 
 Aggregate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+#: A part of an expert's U-Net -> a context within which that part is the expert's: with its LoRAs on shared layers.
+Wearing = Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 def point_channels(unet: UNetLike) -> tuple[int, ...]:
@@ -54,13 +56,13 @@ class Lockstep:
 
     ``aggregators``: one a point, or a single one (a control) for all. Inert but inside ``running``. ``on_maps`` is
     called with each point's index and its attention maps (B,N,H,W). An expert's block runs within ``held(block)``,
-    where a host can bring weights that wait elsewhere.
+    where a host can bring weights that wait elsewhere, and within its ``wearing``.
     """
 
     def __init__(
         self, unet: UNetLike, experts: Sequence[UNetLike], aggregators: nn.ModuleList | nn.Module,
         on_maps: Callable[[int, torch.Tensor], None] | None = None,
-        held: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+        held: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext, wearing: Sequence[Wearing] = (),
     ) -> None:  # fmt: skip
         channels = point_channels(unet)
         for i, expert in enumerate(experts, start=1):
@@ -70,6 +72,7 @@ class Lockstep:
             raise FusionError(f"{len(aggregators)} aggregators for a U-Net of {len(channels)} aggregation points")
         self.unet, self.experts, self.on_maps, self.held = unet, list(experts), on_maps, held
         self.aggregators = aggregators
+        self._wearing = list(wearing) or [nullcontext] * len(self.experts)
         self._layouts: list[Layout] = [read_layout(expert) for expert in self.experts]
         self._texts: tuple[Sequence[torch.Tensor], torch.Tensor, Sequence[torch.Tensor | None]] | None = None
         self._embeddings: list[torch.Tensor] = []
@@ -121,8 +124,9 @@ class Lockstep:
             raise FusionError(f"AFA could not act: {problem}; switch that or AFA off")
         self.totals = []
         own_vector = args[3] if len(args) > 3 else kwargs.get("y")
-        models = zip([unet, *self.experts], [own_vector, *self._texts[2]], strict=True)
-        embeddings = [embed(model, timesteps, vector, self.held) for model, vector in models]
+        embeddings = [embed(unet, timesteps, own_vector)]
+        for expert, vector, wearing in zip(self.experts, self._texts[2], self._wearing, strict=True):
+            embeddings.append(embed(expert, timesteps, vector, self.held, wearing))
         self._mean_embedding = torch.stack([e.to(embeddings[0]) for e in embeddings]).mean(dim=0)
         self._embeddings = embeddings[1:]
 
@@ -138,9 +142,10 @@ class Lockstep:
         """Each expert's block on the base's input. Not through hooks: an expert may be the base itself."""
         assert self._texts is not None
         outputs = []
-        for layout, embedding, context in zip(self._layouts, self._embeddings, self._texts[0], strict=True):
+        parts = zip(self._layouts, self._embeddings, self._texts[0], self._wearing, strict=True)
+        for layout, embedding, context, wearing in parts:
             block = layout.points[index].module
-            with self.held(block):
+            with self.held(block), wearing(block):
                 outputs.append(block.forward(h.to(embedding.dtype), embedding, context.to(embedding.dtype)))
         return outputs
 
@@ -179,24 +184,24 @@ class Lockstep:
         if len(self._last) != len(self.experts) or len(self.totals) != len(self._layouts[0].points) - 1:
             raise FusionError(f"AFA could not act: {ELSEWHERE}; switch that or AFA off")
         own = []
-        for expert, h in zip(self.experts, self._last, strict=True):
-            with self.held(expert.out):
+        for expert, h, wearing in zip(self.experts, self._last, self._wearing, strict=True):
+            with self.held(expert.out), wearing(expert.out):
                 own.append(expert.out.forward(h))
         return self._aggregate(len(self._layouts[0].points) - 1, [output, *own])
 
 
 def embed(
     unet: UNetLike, timesteps: torch.Tensor, vector: torch.Tensor | None = None,
-    held: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+    held: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext, wearing: Wearing = nullcontext,
 ) -> torch.Tensor:  # fmt: skip
     """A U-Net's time embedding (B,E) of timesteps (B,), with its label embedding of SDXL's vector (B,V)."""
     first = unet.time_embed[0]
     dtype = first.weight.dtype if first.weight.dtype.itemsize > 1 else torch.float32  # in float8 nothing computes
-    with held(unet.time_embed):
+    with held(unet.time_embed), wearing(unet.time_embed):
         embedding = unet.time_embed(timestep_embedding(timesteps, first.in_features).to(dtype))
     if vector is None:
         return embedding
-    with held(unet.label_emb):
+    with held(unet.label_emb), wearing(unet.label_emb):
         return embedding + unet.label_emb(vector.to(dtype))
 
 

@@ -22,6 +22,12 @@ NO_CHECKPOINT = ("", "None")
 #: Entries that tell what was done, and are no settings; the last is in the API's answer only, not in pictures.
 NOTES = ["Fusion U-Net calls", "Fusion U-Net rows", "Fusion seconds", "Fusion comment"]
 
+
+def hash_key(expert: int) -> str:
+    """The entry with the hash of an expert's checkpoint (0: the first)."""
+    return f"Fusion expert {expert + 1} hash"
+
+
 @dataclass(frozen=True)
 class Field:
     """One control of the panel, one infotext entry: a row, and which expert's it is (None: the fusion's own)."""
@@ -165,7 +171,7 @@ def adopt_freeu(entries: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def infotext_keys() -> list[str]:
-    return [field.infotext for field in list_fields()] + NOTES
+    return [*(field.infotext for field in list_fields()), *map(hash_key, range(MAX_EXPERTS)), *NOTES]
 
 
 def _protect(text: str) -> str:

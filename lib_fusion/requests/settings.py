@@ -15,6 +15,8 @@ from lib_fusion.requests.parameters import CLI, PANEL, Parameter, read_rows, row
 TIMESTEPS = 1000
 #: How many experts the panel and the API take.
 MAX_EXPERTS = 3
+#: The checkpoint of an expert that is the base itself, with LoRAs or prompts of its own.
+SAME_AS_BASE = "same as base"
 #: The most characters of a painted mask in base64.
 LONGEST_MASK = 16_000_000
 #: Places that are no rectangles: where the expert is salient, its painted mask, and img2img's inpaint mask.
@@ -101,9 +103,13 @@ class ExpertSettings:
 
     # fmt: off
     checkpoint: str = row(
-        "", "checkpoint", "The expert's checkpoint; the base's own name is allowed and loads nothing twice.",
+        "", "checkpoint",
+        f"The expert's checkpoint; \"{SAME_AS_BASE}\": the picture's own, which is not loaded twice.",
         required=True)
-    prompt: str = row("", "prompt", "The expert's own prompt; empty: the picture's.")
+    prompt: str = row(
+        "", "prompt",
+        "The expert's own prompt; empty, or with nothing but LoRAs in it: the picture's. A LoRA in it, "
+        "<lora:NAME:WEIGHT>, acts on this expert alone.")
     negative_prompt: str = row("", "negative prompt", "The expert's own negative prompt; empty: the picture's.")
     text_encoder: str = row(
         "own", "text encoder",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from modules import errors
@@ -12,11 +13,13 @@ from modules import errors
 from lib_fusion.errors import FusionError, SettingError, one_line
 from lib_fusion.fusion.records import Records
 from lib_fusion.requests.infotext import infotext_keys, write_infotext
+from lib_fusion.requests.loras import title_of
 from lib_fusion.requests.request import read_args, values_of
-from lib_fusion.requests.settings import COMPARE, FusionSettings
-from lib_fusion.webui.models import masks
+from lib_fusion.requests.settings import COMPARE, SAME_AS_BASE, ExpertSettings, FusionSettings
+from lib_fusion.webui.models import file_hashes, masks
 from lib_fusion.webui.models.aggregators import complete
 from lib_fusion.webui.models.experts import find_checkpoint
+from lib_fusion.webui.models.loras import find_loras
 from lib_fusion.webui.panel import compare, gallery, xyz
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.runtime import runtime
@@ -52,6 +55,13 @@ class Request:
     seconds: float = 0.0
     records: list[Records] = field(default_factory=list)
 
+    @property
+    def titles(self) -> list[str]:
+        """The experts' names for people."""
+        experts = self.settings.experts if self.settings else ()
+        stems = ("base" if name == SAME_AS_BASE else Path(name).stem for name in self.names)
+        return [title_of(stem, expert.prompt) for stem, expert in zip(stems, experts)]
+
     def begin_batch(self) -> None:
         self.calls, self.rows, self.skipped_rows = ([0] * (1 + len(self.names)) for _ in range(3))
         self.seconds = 0.0
@@ -86,24 +96,32 @@ def begin(p: Any, args: Sequence[Any]) -> None:
     try:
         runtime.drop_leftovers()
         told = {key: params.pop(key) for key in infotext_keys() if key in params}  # an XYZ plot's cells share it
+        hashes = params.get(file_hashes.LORA_HASHES)
+        file_hashes.remove(params)
         if hasattr(p, compare.OVERRIDE):
             job.settings = getattr(p, compare.OVERRIDE)
         else:
             job.settings = read_args(args, getattr(p, xyz.ATTRIBUTE, None))
         if job.settings is not None:
             job.settings, job.painted = masks.settle(p, complete(job.settings))
-            infos = [
-                find_checkpoint(expert.checkpoint, f"experts[{i}].checkpoint")
-                for i, expert in enumerate(job.settings.experts)
-            ]
-            job.names = [info.name for info in infos]
+            job.names = [name_of(expert, f"experts[{i}]") for i, expert in enumerate(job.settings.experts)]
             params.update(write_infotext(job.settings, job.names))
             if earlier == job.settings:
                 params.update({**told, **params})  # ADetailer begins once more, between a picture and its infotext
+                if hashes is not None:
+                    params[file_hashes.LORA_HASHES] = hashes
         if job.error is UNREAD:
             job.error = None
     except Exception as error:
         job.error = error
+
+
+def name_of(expert: ExpertSettings, field: str) -> str:
+    """The name of an expert's checkpoint for infotexts; raises SettingError, also for LoRAs that are not there."""
+    find_loras(expert.prompt, f"{field}.prompt")
+    if expert.checkpoint == SAME_AS_BASE:
+        return SAME_AS_BASE
+    return find_checkpoint(expert.checkpoint, f"{field}.checkpoint").name
 
 
 def wrap_sampler(p: Any) -> None:
@@ -124,10 +142,12 @@ def wrap_sampler(p: Any) -> None:
         if not is_hires or not job.records:  # hires fix of a finished picture has no first pass
             job.begin_batch()
         if job.settings.passes == ("first" if is_hires else "hires") and _has_pass(p, job):
+            file_hashes.add(p.extra_generation_params, job.settings, job.names)
             return original(steps, func)
         samples, record = launch.launch(runtime, p, job.settings, job.painted, sampler, lambda: original(steps, func))
         job.add(record)
         _tell(p, job, record)
+        file_hashes.add(p.extra_generation_params, job.settings, job.names)
         return samples
 
     sampler.launch_sampling = launch_sampling
@@ -144,12 +164,12 @@ def end(p: Any, processed: Any) -> None:
     kept = getattr(p, KEPT, None)
     if kept is not None:
         with _told_of(processed, "comparison"):
-            compare.add_comparison(p, processed, kept, job.settings, job.names)
+            compare.add_comparison(p, processed, kept, job.settings, job.titles)
     with _told_of(processed, "preview"):
         kinds = sampling.wanted_records().kinds
         if kinds and not hasattr(p, compare.OVERRIDE):
             shown = not is_inside_script(p)
-            gallery.add_previews(p, processed, kinds, job.records, job.settings, job.names, shown)
+            gallery.add_previews(p, processed, kinds, job.records, job.settings, job.titles, shown)
 
 
 def is_inside_script(p: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -95,6 +97,28 @@ def test_copies_of_one_model_are_that_model_whatever_the_weights(architecture):
         aggregators = randomize(trained(unets[0], 3), seed)
         got = run(unets, aggregators, (x, t, context, y), [context] * 2, [y] * 2)
         assert relative_error(got, alone) < 1e-5
+
+
+@architectures
+def test_an_expert_on_the_bases_own_modules_is_that_expert(architecture):
+    """Every part of it, and no other one, is the expert's in its calls: with parameters of its own there meanwhile."""
+    unets = models(architecture, 2)
+    aggregators, arguments = trained(unets[0], 2), told(architecture, 2)
+    expected = run(unets, aggregators, *arguments)
+    paths = {module: path for path, module in unets[0].named_modules()}
+
+    @contextmanager
+    def wearing(part):
+        own, theirs = [dict(m.named_modules()) for m in (part, unets[1].get_submodule(paths[part]))]
+        before = {path: dict(module._parameters) for path, module in own.items()}
+        for path, module in own.items():
+            module._parameters.update(theirs[path]._parameters)
+        yield
+        for path, module in own.items():
+            module._parameters.update(before[path])
+
+    got = run([unets[0], unets[0]], aggregators, *arguments, wearing=[wearing])
+    assert torch.equal(got, expected)
 
 
 @architectures

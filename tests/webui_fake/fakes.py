@@ -117,6 +117,10 @@ def guess_model_config_from_state_dict(sd, filename):
     raise NotImplementedError
 
 
+def sha256(filename, title, use_addnet_hash=False):
+    raise NotImplementedError
+
+
 def is_enabled(sd_model):
     return False
 
@@ -156,6 +160,7 @@ SIGNATURES: dict[str, Any] = {
     "modules.sd_models_config:find_checkpoint_config": find_checkpoint_config,
     "modules.sd_models_config:find_checkpoint_config_near_filename": find_checkpoint_config_near_filename,
     "modules.sd_models_config:guess_model_config_from_state_dict": guess_model_config_from_state_dict,
+    "modules.hashes:sha256": sha256,
     "modules.lowvram:is_enabled": is_enabled,
     "modules.devices:torch_gc": torch_gc,
     "modules.devices:autocast": autocast,
@@ -200,7 +205,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "sd_samplers_cfg_denoiser": {}, "sd_hijack_clip": {}, "sd_hijack_open_clip": {}, "textual_inversion": {},
         "textual_inversion.textual_inversion": {},
         "sd_disable_initialization": {}, "sd_models_config": {}, "sd_models_xl": {}, "lowvram": {}, "errors": {},
-        "extra_networks": {}, "prompt_parser": {}, "images": {}, "processing": {},
+        "hashes": {}, "extra_networks": {}, "prompt_parser": {}, "images": {}, "processing": {},
         "paths": {"models_path": "models"},
     }  # fmt: skip
     for name in SIGNATURES:

@@ -105,7 +105,7 @@ def sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
 def make_pass(sampling: Any, step: Step, expert: UNet, **settings: Any) -> Any:
     sampling.shared.sd_model = step.model
     told = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], **PLAIN, **settings})
-    loaded = SimpleNamespace(unet=expert, model=sampling.kind_of_model(step.model))
+    loaded = SimpleNamespace(unet=expert, worn=None, model=sampling.kind_of_model(step.model))
     return sampling.FusionPass(told, lambda _: ([loaded], [None]), step.sampler, step.model)
 
 

@@ -77,7 +77,9 @@ def _nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
     client, host = request.getfixturevalue("client"), request.getfixturevalue("host")
     yield
     host.revive()
-    state, fusion = client.state(), client.fusion()
+    state, fusion, weights = client.state(), client.fusion(), client.ask("/probe/weights")
     assert state["hooks"] == 0
     assert state["replaced"] == []
+    assert weights["worn"] == 0
+    assert weights["unnamed"] == []
     assert not fusion["running"]

@@ -3,8 +3,10 @@
 tiny_a, tiny_b, tiny_c: SD1 with one VAE; tiny_copy: tiny_a's weights in another file; tiny_v: predicts v;
 tiny_2, tiny_2_v: SD2 with tiny_a's VAE, without the tensors that nothing uses; tiny_inpaint: nine channels; tiny_xl,
 tiny_xl_b, tiny_xl_v: SDXL with one VAE; tiny_unet: a U-Net without a text encoder. tiny_ti, wide_ti: textual inversions
-for SD1 and SD2. With a third argument ``extensions`` only: tiny_a, tiny_copy, tiny_b; tiny_2x: SD1 with features of 640
-and 320 channels, where sd-webui-freeu acts; tiny_control: a ControlNet for tiny_a.
+for SD1 and SD2. In models/Lora: tiny_lora for SD1's U-Net and text encoder, lora_xl for SDXL's and both text encoders,
+one of each kind for SD1's U-Net (lora_KIND) and SDXL's (xl_KIND), lora_bundled with a textual inversion; to be refused:
+lora_wrong, lora_nothing. With a third argument ``extensions`` only: tiny_a, tiny_copy, tiny_b; tiny_2x: SD1 with
+features of 640 and 320 channels, where sd-webui-freeu acts; tiny_control: a ControlNet for tiny_a; tiny_lora.
 """
 
 from __future__ import annotations
@@ -170,6 +172,12 @@ def write(name: str, weights: dict[str, torch.Tensor], config: dict, metadata: d
     OmegaConf.save(OmegaConf.create(copy.deepcopy(config)), MODELS / f"{name}.yaml")
 
 
+def save_lora(name: str, tensors: dict[str, torch.Tensor]) -> None:
+    folder = DATA / "models/Lora"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+
+
 def write_lora(name: str, weights: dict[str, torch.Tensor]) -> None:
     """A LoRA on the attention of U-Net and text encoder."""
     generator = torch.Generator().manual_seed(7)
@@ -185,9 +193,94 @@ def write_lora(name: str, weights: dict[str, torch.Tensor]) -> None:
         tensors[f"{layer}.lora_down.weight"] = torch.randn(4, value.shape[1], generator=generator)
         tensors[f"{layer}.lora_up.weight"] = torch.randn(value.shape[0], 4, generator=generator) * 0.3
         tensors[f"{layer}.alpha"] = torch.tensor(4.0)
-    folder = DATA / "models/Lora"
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"{name}.safetensors")
+    save_lora(name, tensors)
+
+
+def make_lora_kinds(weights: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors of one LoRA of every kind that the host knows, on some layers of a U-Net, by the kinds' names."""
+    generator = torch.Generator().manual_seed(9)
+
+    def noise(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * scale
+
+    def attention(out: int, into: int, weight: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+        down, up, alpha = noise(3, into), noise(out, 3, scale=0.3), torch.tensor(3.0)
+        low_rank = {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
+        return {
+            "lora": low_rank,
+            "dora": {**low_rank, "dora_scale": 1.3 * weight.float().norm(dim=0, keepdim=True)},
+            "loha": {"hada_w1_a": noise(out, 2, scale=0.5), "hada_w1_b": noise(2, into),
+                     "hada_w2_a": noise(out, 2, scale=0.5), "hada_w2_b": noise(2, into), "alpha": torch.tensor(2.0)},
+            "lokr": {"lokr_w1": noise(4, 4, scale=0.2), "lokr_w2": noise(out // 4, into // 4)},
+            "full": {"diff": noise(out, into, scale=0.2)},
+            "ia3": {"weight": noise(out, scale=0.5), "on_input": torch.tensor(False)},
+            "glora": {"a1.weight": noise(2, into, scale=0.3), "a2.weight": noise(into, 2, scale=0.3),
+                      "b1.weight": noise(2, into, scale=0.3), "b2.weight": noise(out, 2, scale=0.3),
+                      "alpha": torch.tensor(2.0)},
+            "oft": {"oft_blocks": noise(4, out // 4, out // 4, scale=0.3), "alpha": torch.tensor(1.0)},
+        }  # fmt: skip
+
+    def convolution(out: int, into: tuple[int, ...]) -> dict[str, dict[str, torch.Tensor]]:
+        down, up = noise(3, *into, scale=0.3), noise(out, 3, 1, 1, scale=0.2)
+        return {"locon": {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(3.0)}}
+
+    def norm(size: int) -> dict[str, dict[str, torch.Tensor]]:
+        return {"norm": {"w_norm": noise(size, scale=0.5), "b_norm": noise(size, scale=0.5)}}
+
+    kinds: dict[str, dict[str, torch.Tensor]] = {}
+    for key, weight in weights.items():
+        if not key.startswith("model.diffusion_model.") or not key.endswith(".weight"):
+            continue
+        path = key.removeprefix("model.diffusion_model.").removesuffix(".weight")
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        if path.endswith((".attn1.to_q", ".attn2.to_v")):
+            found = attention(*weight.shape, weight)
+        elif path.endswith((".in_layers.2", ".op")):
+            found = convolution(weight.shape[0], weight.shape[1:])
+        elif path.endswith((".norm1", ".in_layers.0")):
+            found = norm(len(weight))
+        for kind, tensors in found.items():
+            layer = "lora_unet_" + path.replace(".", "_")
+            kinds.setdefault(kind, {}).update({f"{layer}.{name}": value for name, value in tensors.items()})
+    return kinds
+
+
+def write_lora_kinds(prefix: str, weights: dict[str, torch.Tensor]) -> None:
+    for kind, tensors in make_lora_kinds(weights).items():
+        save_lora(f"{prefix}_{kind}", tensors)
+
+
+def write_odd_loras(weights: dict[str, torch.Tensor]) -> None:
+    """One that brings a textual inversion with it; one with layers of other shapes, one for no layer of the U-Net."""
+    tensors = make_lora_kinds(weights)["lora"]
+    save_lora("lora_bundled", tensors | {"bundle_emb.tinyword.string_to_param.*": torch.ones(2, WIDTH)})
+    save_lora("lora_wrong", {k: torch.cat([v, v]) if k.endswith("up.weight") else v for k, v in tensors.items()})
+    save_lora("lora_nothing", {"lora_unet_down_blocks_9_nothing.lora_up.weight": torch.ones(2, 2)})
+
+
+def write_lora_xl(name: str, weights: dict[str, torch.Tensor]) -> None:
+    """A LoRA of SDXL's U-Net and both its text encoders; the second's attention is one layer for q, k and v."""
+    generator = torch.Generator().manual_seed(12)
+    tensors = {}
+
+    def add(layer: str, out: int, into: int) -> None:
+        tensors[f"{layer}.lora_down.weight"] = torch.randn(4, into, generator=generator)
+        tensors[f"{layer}.lora_up.weight"] = torch.randn(out, 4, generator=generator) * 0.3
+        tensors[f"{layer}.alpha"] = torch.tensor(4.0)
+
+    unet, first = "model.diffusion_model.", "conditioner.embedders.0.transformer."
+    for key, value in weights.items():
+        path = key.removesuffix(".weight")
+        if path.startswith(unet) and path.endswith((".attn1.to_q", ".attn2.to_k")):
+            add("lora_unet_" + path.removeprefix(unet).replace(".", "_"), *value.shape)
+        if path.startswith(first) and path.endswith((".q_proj", ".v_proj")):
+            add("lora_te1_" + path.removeprefix(first).replace(".", "_"), *value.shape)
+    for i in range(2):
+        layer = f"lora_te2_text_model_encoder_layers_{i}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            add(f"{layer}_self_attn_{part}", WIDTH, WIDTH)
+        add(f"{layer}_mlp_fc1", 4 * WIDTH, WIDTH)
+    save_lora(name, tensors)
 
 
 def write_embedding(name: str, width: int) -> None:
@@ -222,6 +315,7 @@ def write_control(name: str, weights: dict[str, torch.Tensor]) -> None:
 
 def make_for_extensions(config: dict, first: dict[str, torch.Tensor]) -> None:
     write_control("tiny_control", first)
+    write_lora("tiny_lora", first)
     wide = copy.deepcopy(config)
     unet = wide["model"]["params"]["unet_config"]["params"]
     unet |= {"model_channels": 320, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": []}
@@ -245,6 +339,8 @@ def main() -> None:
         make_for_extensions(config, first)
         return
     write_lora("tiny_lora", first)
+    write_lora_kinds("lora", first)
+    write_odd_loras(first)
     write_embedding("tiny_ti", WIDTH)
     write_embedding("wide_ti", WIDTH_2)
     write("tiny_c", vary(first, 6), config)
@@ -265,6 +361,8 @@ def main() -> None:
     sdxl = sdxl_config()
     large = build(sdxl, 4)
     write("tiny_xl", large, sdxl)
+    write_lora_xl("lora_xl", large)
+    write_lora_kinds("xl", large)
     write("tiny_xl_copy", large, sdxl, {"title": "the same weights in another file"})
     write("tiny_xl_b", vary(large, 5), sdxl)
     sdxl["model"]["params"]["denoiser_config"]["params"]["scaling_config"]["target"] = VELOCITY

@@ -51,6 +51,21 @@ def fusion():
     }
 
 
+def weights():
+    """The base's parameters as objects: their digest, which of them are an expert's, and layers without their names."""
+    from lib_fusion.webui.runtime import runtime
+
+    model = sd_models.model_data.sd_model
+    own = [id(p) for p in model.parameters()]
+    worn = {id(value) for worn in runtime.experts.loras._worn.values() for _, _, value in getattr(worn, "changes", ())}
+    layers = getattr(model, "network_layer_mapping", {})
+    return {
+        "objects": hashlib.sha256(repr(own).encode()).hexdigest(),
+        "worn": len(worn & set(own)),
+        "unnamed": [name for name, layer in layers.items() if getattr(layer, "network_layer_name", None) is None],
+    }
+
+
 def arm(what: str, step: int = 1):
     """At a step the U-Net raises (``fail``), predicts ``nan`` or ``inf``; or ``interrupt``, ``skip`` as the buttons."""
     armed.update(what=what, step=step)
@@ -220,7 +235,7 @@ def shrink_controlnet():
 
 def add_routes(_, app):
     shrink_controlnet()
-    handlers = (state, fusion, arm, half, signatures, count, trace, encode, comments)
+    handlers = (state, fusion, weights, arm, half, signatures, count, trace, encode, comments)
     for name, handler in ((handler.__name__, handler) for handler in handlers):
         app.add_api_route(f"/probe/{name}", handler, methods=["GET"])
 

@@ -523,3 +523,36 @@ def test_buttons_of_places(page: Any, client: Client, names: Names) -> None:
     page.locator(f"{panel}_guidance_after").wait_for(state="hidden")
     press_radio(page, f"{panel}_guidance", "always")
     page.locator(f"{panel}_guidance_after").wait_for(state="visible")
+
+
+def test_a_loras_card_goes_to_the_prompt_that_was_written_in_last(page: Any, client: Client, names: Names) -> None:
+    """An expert without a checkpoint becomes the base with that LoRA; a second click takes it out, as in the host."""
+    client.draw(model=names.base)
+    panel = PANEL.format(tab="txt2img")
+    page.locator(f"{panel}_enable .label-wrap").first.click()
+    own, picture = page.locator(f"{panel}_expert1_prompt textarea"), page.locator("#txt2img_prompt textarea")
+    own.wait_for(state="visible")
+
+    def click_card() -> None:
+        page.locator("#txt2img_extra_tabs > .tab-nav button", has_text="Lora").first.click()
+        page.locator('#txt2img_lora_cards .card[data-name="tiny_lora"]').first.click()
+        page.locator("#txt2img_extra_tabs > .tab-nav button", has_text="Generation").first.click()
+
+    picture.fill("a cat")
+    click_card()
+    assert picture.input_value() == "a cat <lora:tiny_lora:1>"
+    click_card()
+    assert picture.input_value().strip() == "a cat"
+    own.fill("a dog")
+    click_card()
+    assert own.input_value() == "a dog <lora:tiny_lora:1>"
+    assert picture.input_value().strip() == "a cat"
+    checkpoint = page.locator(f"{panel}_expert1_checkpoint input").first
+    page.wait_for_function("e => e.value === 'same as base'", arg=checkpoint.element_handle())
+    wait_for_text(page, f"{panel}_enable .denoiser-fusion-badge", "SNB: base + tiny_lora")
+    click_card()
+    assert own.input_value().strip() == "a dog"
+    picture.click()
+    click_card()
+    assert picture.input_value() == "a cat <lora:tiny_lora:1>"
+    assert own.input_value().strip() == "a dog"

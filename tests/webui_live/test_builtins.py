@@ -1,4 +1,4 @@
-"""What the host itself brings: token merging, hypertile, textual inversion. LoRAs: test_lora.py."""
+"""What the host itself brings: token merging, hypertile, textual inversion. LoRAs: test_loras.py."""
 
 from __future__ import annotations
 

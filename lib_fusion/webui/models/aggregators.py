@@ -19,6 +19,7 @@ from lib_fusion.fusion.lockstep import Lockstep
 from lib_fusion.log import log_loaded, logger
 from lib_fusion.methods import afa
 from lib_fusion.requests.infotext import NO_CHECKPOINT
+from lib_fusion.requests.loras import read_tags
 from lib_fusion.requests.settings import MAX_EXPERTS, ExpertSettings, FusionSettings
 from lib_fusion.webui.models.experts import list_infos
 from lib_fusion.webui.models.placement import holder, settle
@@ -148,6 +149,8 @@ def make_lockstep(
     unet = sd_model.model.diffusion_model
     count = 1 + len(experts)
     if settings.needs_aggregator:
+        if not settings.afa_force:
+            refuse_loras(settings)
         files = [sd_model.sd_checkpoint_info.filename, *(expert.info.filename for expert in experts)]
         aggregators = cache.load(settings, sd_model, unet, files)
     elif settings.afa_maps == "uniform":
@@ -157,4 +160,14 @@ def make_lockstep(
     else:
         raise SettingError("afa_maps", settings.afa_maps, f"allowed: one of the {count} models")
     held = holder(expert.unet for expert in experts if expert.unet is not None)
-    return Lockstep(unet, [expert.unet or unet for expert in experts], aggregators, held=held)
+    return Lockstep(unet, [expert.unet or unet for expert in experts], aggregators, held=held,
+                    wearing=[expert.wearing for expert in experts])  # fmt: skip
+
+
+def refuse_loras(settings: FusionSettings) -> None:
+    """Raises SettingError for experts with LoRAs of their own: a file knows its models by their U-Nets alone."""
+    for i, expert in enumerate(settings.experts):
+        if read_tags(expert.prompt, f"experts[{i}].prompt")[1]:
+            problem = "the aggregator was trained for the checkpoint without LoRAs"
+            raise SettingError(f"experts[{i}].prompt", expert.prompt,
+                               f"{problem}; allowed: no LoRAs, afa_maps uniform, or afa_force")  # fmt: skip

@@ -7,7 +7,7 @@ BREAK, AND, embeddings and clip skip work as they do for the base, and the base'
 from __future__ import annotations
 
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from lib_fusion.errors import SettingError
 from lib_fusion.log import log_loaded
 from lib_fusion.requests.settings import MAX_EXPERTS, ExpertSettings
 from lib_fusion.webui.models.experts import Expert, ExpertKey, is_base, kind_of_model, make_key
+from lib_fusion.webui.models.loras import LoraCache, acting_calls, find_loras, with_embeddings
 from lib_fusion.webui.models.placement import home_of, on_device, settle, waits_in_ram
 from lib_fusion.webui.models.text_encoders import build_encoder, clone_encoder, share_embeddings
+from lib_fusion.webui.models.worn import merge_into
 from lib_fusion.webui.options import read_option
 
 #: How many sets of conditionings are kept: both passes of all experts.
@@ -56,30 +58,38 @@ class TextCache:
         self._kept: list[tuple[Any, Conditioning]] = []  # newest last; keys compare as the host compares its own
 
     def encode(
-        self, p: Any, loaded: Expert, expert: ExpertSettings, field: str, needed: int = 1
+        self, p: Any, loaded: Expert, expert: ExpertSettings, field: str, loras: LoraCache, needed: int = 1
     ) -> Conditioning | None:
         """The conditionings of this pass for an expert; None: exactly the base's.
 
         ``needed``: how many experts of the pass have an encoder of their own; that many are kept in any case.
         """
         info = loaded.info
-        own_encoder = expert.text_encoder == "own" and not is_base(info, expert, p.sd_model)
-        if not own_encoder and not expert.prompt and not expert.negative_prompt:
+        own_encoder = expert.text_encoder == "own" and not is_base(info, p.sd_model)
+        has_bases_loras = loaded.loras == acting_calls()
+        if not own_encoder and not expert.prompt and not expert.negative_prompt and has_bases_loras:
             return None
         prompts, negatives, steps, hires_steps, extra = prompts_of(p)
-        if expert.prompt:
-            prompts = replace_texts(prompts, expert.prompt, f"{field}.prompt")
+        words = find_loras(expert.prompt, f"{field}.prompt")[0]
+        if words.strip():
+            prompts = replace_texts(prompts, words, f"{field}.prompt")
         if expert.negative_prompt:
             negatives = replace_texts(negatives, expert.negative_prompt, f"{field}.negative_prompt")
-        encoder_key = make_key(info, expert) if own_encoder else None
-        shape = (prompts.width, prompts.height)
-        key = (encoder_key, negatives, shape, p.cached_params(prompts, steps, extra, hires_steps, old_scheduling()))
+        encoder_key = make_key(info, loaded.loras) if own_encoder else None
+        given = p.cached_params(prompts, steps, extra, hires_steps, old_scheduling())
+        how = (encoder_key, loaded.loras, bool(shared.opts.data.get("lora_functional", False)))
+        key = (how, negatives, (prompts.width, prompts.height), given)
         found = next((kept for known, kept in self._kept if known == key), None)
         if found is None:
-            with devices.autocast():
+            with devices.autocast(), ExitStack() as stack:
                 model = p.sd_model
+                if not has_bases_loras:
+                    nets = loras.nets(loaded.loras, p.sd_model, f"{field}.prompt")
+                    stack.enter_context(with_embeddings(nets))
+                    if not own_encoder:
+                        stack.enter_context(loras.for_text(loaded.loras, p.sd_model, f"{field}.prompt").on())
                 if own_encoder:
-                    model = self._own(loaded, encoder_key, p.sd_model, f"{field}.text_encoder", needed)
+                    model = self._own(loaded, encoder_key, p.sd_model, field, loras, needed)
                 found = encode(model, prompts, negatives, steps, hires_steps, p.sd_model)
             self._kept = [*self._kept, (key, found)][-KEPT:]
         return found
@@ -97,7 +107,9 @@ class TextCache:
     def bytes(self) -> int:
         return sum(p.numel() * p.element_size() for encoder in self._encoders.values() for p in encoder.parameters())
 
-    def _own(self, loaded: Expert, key: ExpertKey, sd_model: nn.Module, field: str, needed: int) -> OwnEncoder:
+    def _own(
+        self, loaded: Expert, key: ExpertKey, sd_model: nn.Module, field: str, loras: LoraCache, needed: int
+    ) -> OwnEncoder:
         is_sdxl = hasattr(sd_model, "conditioner")
         source = sd_model.conditioner if is_sdxl else sd_model.cond_stage_model
         is_other = loaded.model.kind != kind_of_model(sd_model).kind
@@ -108,10 +120,12 @@ class TextCache:
             while len(self._encoders) >= limit:
                 self._encoders.popitem(last=False)
             if is_other:
-                encoder = build_encoder(loaded.info, field)
+                encoder = build_encoder(loaded.info, f"{field}.text_encoder")
             else:
                 prefix = "conditioner." if is_sdxl else "cond_stage_model."
-                encoder = clone_encoder(source, loaded.info, prefix, key.loras, field)
+                encoder = clone_encoder(source, loaded.info, prefix, bool(key.loras), f"{field}.text_encoder")
+                if key.loras:
+                    merge_into(encoder, loras.nets(key.loras, sd_model, f"{field}.prompt"), f"{field}.prompt")
             self._encoders[full_key] = encoder
             log_loaded(f"expert {loaded.info.name}, its text encoder", encoder, home_of(sd_model))
         self._encoders.move_to_end(full_key)
@@ -145,12 +159,12 @@ def prompts_of(p: Any) -> tuple[Any, Any, int, int | None, Any]:
 
 
 def replace_texts(prompts: Any, text: str, field: str) -> Any:
-    """The expert's own text for every picture; LoRAs can't be named in it, since the host switches them for all."""
+    """The expert's own text, without LoRAs, for every picture."""
     if sum(map(text.count, "()[]")) > MOST_BRACKETS:
         raise SettingError(field, text, f"allowed: at most {MOST_BRACKETS} brackets")
     plain, networks = extra_networks.parse_prompts([text])
     if networks:
-        raise SettingError(field, text, "allowed: a prompt without <...>; LoRAs are named in the picture's prompt")
+        raise SettingError(field, text, "allowed: a prompt without <...>; LoRAs are named in the prompt")
     return prompt_parser.SdConditioning(plain * len(prompts), copy_from=prompts)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,9 +22,11 @@ from torch import nn
 from lib_fusion.errors import CheckpointError, FusionError, SettingError
 from lib_fusion.files import file_version
 from lib_fusion.log import log_loaded
-from lib_fusion.requests.settings import ExpertSettings
+from lib_fusion.requests.settings import SAME_AS_BASE, ExpertSettings
 from lib_fusion.unet.checkpoint import UNET_PREFIX, Checkpoint, unet_kind
+from lib_fusion.webui.models.loras import LoraCache, LoraCall, find_loras, loras_of
 from lib_fusion.webui.models.placement import home_of, settle
+from lib_fusion.webui.models.worn import Wearable, merge_into
 from lib_fusion.webui.options import read_option
 
 #: Tensor names without prefix, and their shapes.
@@ -33,14 +35,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class ExpertKey:
-    """What makes a loaded expert reusable. ``loras``: one that LoRAs act on is altered by them, so it is kept apart.
+    """What makes a loaded expert reusable. ``loras``: they are merged into it, so with others it is another.
 
     ``dtype``: how the host stores its models, which a setting of it (FP8 weight) changes between generations.
     """
 
     file: str
     changed: tuple[int, int]
-    loras: bool
+    loras: tuple[LoraCall, ...]
     dtype: str
 
 
@@ -57,15 +59,25 @@ class ModelKind:
 
 @dataclass
 class Expert:
-    """A loaded U-Net; ``unet`` is None where the expert is the base itself, and nothing is loaded twice."""
+    """A loaded U-Net; ``unet`` is None where the expert is the base itself, and nothing is loaded twice.
+
+    ``loras``: those that act on it. ``worn``: what the base's layers have during its calls, where they are not those of
+    the base.
+    """
 
     info: Any
     model: ModelKind
     unet: nn.Module | None = None
+    loras: tuple[LoraCall, ...] = ()
+    worn: Wearable | None = None
 
     @property
     def bytes(self) -> int:
         return 0 if self.unet is None else sum(p.numel() * p.element_size() for p in self.unet.parameters())
+
+    def wearing(self, part: nn.Module | None = None) -> AbstractContextManager[None]:
+        """Within, the base's layers (or only those in ``part``) are this expert's."""
+        return nullcontext() if self.worn is None else self.worn.on(part)
 
 
 class ExpertCache:
@@ -73,6 +85,7 @@ class ExpertCache:
 
     def __init__(self) -> None:
         self._experts: OrderedDict[ExpertKey, Expert] = OrderedDict()
+        self.loras = LoraCache()
 
     def acquire(
         self, infos: list[Any], settings: list[ExpertSettings], sd_model: nn.Module, alike: bool
@@ -88,26 +101,31 @@ class ExpertCache:
         kind = kind_of_model(sd_model).kind
         for key in [key for key, expert in self._experts.items() if not expert.model.shares_latents(kind)]:
             del self._experts[key]  # the base has changed to another kind: these can't be used with it
-        keys = [
-            None if is_base(info, setting, sd_model) else make_key(info, setting)
-            for info, setting in zip(infos, settings)
-        ]
+        fields = [f"experts[{i}]" for i in range(len(infos))]
+        acting = [loras_of(setting, name) for setting, name in zip(settings, fields)]
+        self.loras.networks.keep_only(call for calls in acting for call in calls)
+        keys = [None if is_base(info, sd_model) else make_key(info, calls) for info, calls in zip(infos, acting)]
         needed = {key for key in keys if key is not None}
         limit = max(read_option("cache"), len(needed))
         for key in [key for key in self._experts if key not in needed]:
             if len(needed | set(self._experts)) > limit:
                 del self._experts[key]
                 devices.torch_gc()
+        on_base = [i for i, key in enumerate(keys) if key is None]
+        worn = self.loras.acquire([(acting[i], f"{fields[i]}.prompt") for i in on_base], sd_model)
         experts = []
-        for info, model, key in zip(infos, models, keys):
+        for i, (info, model, key) in enumerate(zip(infos, models, keys)):
             if key is None:
-                experts.append(Expert(info, model))
+                experts.append(Expert(info, model, loras=acting[i], worn=worn[on_base.index(i)]))
                 continue
             if key not in self._experts:
-                unet = load_unet(info, home_of(sd_model), key.loras)
+                unet = load_unet(info, home_of(sd_model), bool(key.loras))
                 if key.loras:
+                    name = f"{fields[i]}.prompt"
                     copy_layer_names(sd_model.model.diffusion_model, unet)
-                self._experts[key] = Expert(info, model, unet)
+                    merge_into(unet, self.loras.nets(key.loras, sd_model, name), name)
+                    settle(unet, home_of(sd_model))
+                self._experts[key] = Expert(info, model, unet, key.loras)
                 log_loaded(f"expert {info.name}, its U-Net", unet)
             self._experts.move_to_end(key)
             experts.append(self._experts[key])
@@ -115,15 +133,25 @@ class ExpertCache:
 
     def free(self) -> None:
         self._experts.clear()
+        self.loras.free()
 
     def settle(self, device: torch.device) -> None:
-        """Moves all loaded U-Nets to where they wait."""
+        """Moves all that is loaded to where it waits."""
+        self.loras.settle(device)
         for expert in self._experts.values():
             settle(expert.unet, device)
 
     def sizes(self) -> list[tuple[str, int]]:
         """(name, bytes) of what is loaded. The page asks for it at any time, so of a list as it is now."""
-        return [(expert.info.name_for_extra, expert.bytes) for expert in list(self._experts.values())]
+        sizes = [(expert.info.name_for_extra, expert.bytes) for expert in list(self._experts.values())]
+        return [*sizes, ("LoRAs of experts", self.loras.bytes)] if self.loras.bytes else sizes
+
+
+def find_expert(setting: ExpertSettings, field: str, sd_model: nn.Module) -> Any:
+    """The host's entry of an expert's checkpoint, beside the base ``sd_model``; raises SettingError."""
+    if setting.checkpoint == SAME_AS_BASE:
+        return sd_model.sd_checkpoint_info
+    return find_checkpoint(setting.checkpoint, f"{field}.checkpoint")
 
 
 def find_checkpoint(name: str, field: str) -> Any:
@@ -169,22 +197,14 @@ def list_checkpoints() -> list[str]:
     return [info.name for info in list_infos()]
 
 
-def make_key(info: Any, setting: ExpertSettings) -> ExpertKey:
+def make_key(info: Any, loras: tuple[LoraCall, ...]) -> ExpertKey:
     dtype = torch.float8_e4m3fn if devices.fp8 else devices.dtype_unet
-    return ExpertKey(info.filename, file_version(info.filename), setting.loras, str(dtype))
+    return ExpertKey(info.filename, file_version(info.filename), loras, str(dtype))
 
 
-def is_base(info: Any, setting: ExpertSettings, sd_model: nn.Module) -> bool:
-    """Whether the host's own U-Net is this expert: the same file, and under the same LoRAs."""
-    same_file = info.filename == sd_model.sd_checkpoint_info.filename
-    return same_file and (setting.loras or not active_loras())
-
-
-def active_loras() -> list[Any]:
-    """The LoRAs that the host has switched on."""
-    import sys
-
-    return getattr(sys.modules.get("networks"), "loaded_networks", [])
+def is_base(info: Any, sd_model: nn.Module) -> bool:
+    """Whether the host's own U-Net is this expert's, under whatever LoRAs."""
+    return info.filename == sd_model.sd_checkpoint_info.filename
 
 
 def check_base(sd_model: nn.Module) -> None:
@@ -210,6 +230,8 @@ def check_fits(info: Any, setting: ExpertSettings, sd_model: nn.Module, field: s
     encoder; and a model that predicts v may be the expert of one that predicts the noise, or the other way round.
     """
     checkpoint = f"{field}.checkpoint"
+    if setting.checkpoint == SAME_AS_BASE:
+        return kind_of_model(sd_model)
     try:
         file = Checkpoint.open(info.filename)
         kind, shapes = file.kind, file.unet_shapes
@@ -272,6 +294,9 @@ def check_other_kind(shapes: Shapes, kind: str, setting: ExpertSettings, base: S
     if setting.loras:
         problem = f"the expert is {kind} and the picture's LoRAs are made for the base's kind; allowed: false"
         raise SettingError(f"{field}.loras", True, problem)
+    if find_loras(setting.prompt, f"{field}.prompt")[1]:
+        problem = f"the expert is {kind}; allowed: no LoRAs, since the host reads them for the base's kind only"
+        raise SettingError(f"{field}.prompt", setting.prompt, problem)
 
 
 def config_of(info: Any, kind: str, sd_model: nn.Module) -> Any:

@@ -38,7 +38,8 @@ _LORA = ("network_layer_name", "network_current_names", "network_weights_backup"
 def clone_encoder(source: nn.Module, info: Any, prefix: str, loras: bool, field: str) -> nn.Module:
     """The host's conditioner ``source`` again, with a checkpoint's weights, which are named with ``prefix``.
 
-    ``loras``: whether the LoRAs of the picture's prompt act on it. Raises SettingError where the file has no such one.
+    ``loras``: whether its layers keep the names by which LoRAs find them. Raises SettingError where the file has no
+    such text encoder.
     """
     clone = clone_module(source, {})
     put_weights(clone, read_weights(info), prefix, info.name, field, "allowed: base")

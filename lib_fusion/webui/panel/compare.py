@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from modules import images, processing, shared
@@ -33,8 +32,8 @@ def alone(settings: FusionSettings, expert: int) -> FusionSettings:
 
 
 def column_titles(names: list[str]) -> list[str]:
-    """The grid's columns: the base, the experts by their files' names, numbered where two have the same, the fusion."""
-    return ["base", *distinct_names([Path(name).stem for name in names]), "fusion"]
+    """The grid's columns: the base, the experts by their names, numbered where two have the same, the fusion."""
+    return ["base", *distinct_names(names), "fusion"]
 
 
 def add_comparison(p: Any, processed: Any, kept: Any, settings: FusionSettings, names: list[str]) -> None:

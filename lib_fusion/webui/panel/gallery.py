@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 from modules import images, shared
@@ -18,12 +17,12 @@ def add_previews(p: Any, processed: Any, kinds: Collection[str], batches: list[R
                  names: list[str], shown: bool = True) -> None:  # fmt: skip
     """Previews of these kinds after each picture (and what the host itself has put after it).
 
-    ``batches``: the records of each; ``names``: the experts' checkpoints. Not ``shown``, they are only saved.
+    ``batches``: the records of each; ``names``: the experts', for people. Not ``shown``, they are only saved.
     """
     first = processed.index_of_first_image
     pictures = min(len(processed.infotexts) - first, len(batches) * p.batch_size)
     each = (len(processed.images) - first) // max(pictures, 1)
-    models = ["base", *distinct_names([Path(name).stem for name in names])]
+    models = ["base", *distinct_names(names)]
     for i in reversed(range(pictures if each else 0)):  # so that what is inserted moves nothing that is still to come
         records = batches[i // p.batch_size].of(i % p.batch_size)
         picture, text = processed.images[first + i * each], processed.infotexts[first + i]

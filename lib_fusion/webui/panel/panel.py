@@ -28,10 +28,11 @@ from lib_fusion.requests.settings import (
     INPAINT,
     MAX_EXPERTS,
     PAINTED,
+    SAME_AS_BASE,
     SKIP_PRESETS,
 )
 from lib_fusion.webui import options
-from lib_fusion.webui.models import aggregators, experts
+from lib_fusion.webui.models import aggregators, experts, file_hashes
 from lib_fusion.webui.runtime import runtime
 
 FREEU_ON = ("Auto", *FREEU_PUBLISHED, "Custom")
@@ -151,6 +152,9 @@ def build_experts(
                     lambda: {"choices": list_choices()}, elem_id(f"{name}_refresh"),
                 )  # fmt: skip
                 place(f"{name}_weight")
+            # Pressed by the page, where a LoRA's card goes to an expert without a checkpoint.
+            same = gr.Button(SAME_AS_BASE, elem_id=elem_id(f"{name}_same"), elem_classes=["denoiser-fusion-hidden"])
+            same.click(None, outputs=controls[f"{name}_checkpoint"], _js=f"() => ['{SAME_AS_BASE}']", **AT_ONCE)
             with gr.Row():
                 place(f"{name}_prompt", f"{name}_negative_prompt")
             with gr.Row(elem_classes=["denoiser-fusion-row"]):
@@ -403,7 +407,9 @@ class Paste:
         if self.field is None:
             return infotext.is_fused(entries) if options.read_option("paste_switches") else None
         value = infotext.read_infotext(entries, self.field)
-        if self.field.row.key == "checkpoint" and value not in (None, *infotext.NO_CHECKPOINT):
+        if self.field.row.key == "prompt" and value:
+            return file_hashes.rename_loras(value, entries)
+        if self.field.row.key == "checkpoint" and value not in (None, SAME_AS_BASE, *infotext.NO_CHECKPOINT):
             return full_name(value)
         return value[self.part] if self.field.width == 2 and value is not None else value
 
@@ -417,7 +423,7 @@ def full_name(checkpoint: str) -> str:
 
 
 def list_choices() -> list[str]:
-    return [infotext.NO_CHECKPOINT[1], *experts.list_checkpoints()]
+    return [infotext.NO_CHECKPOINT[1], SAME_AS_BASE, *experts.list_checkpoints()]
 
 
 def names_of(store: presets.Presets) -> list[str]:

@@ -12,8 +12,8 @@ from modules import paths
 from lib_fusion.requests import infotext, presets, request
 from lib_fusion.requests.infotext import Field
 from lib_fusion.requests.parameters import Parameter
-from lib_fusion.requests.settings import ENABLED
-from lib_fusion.webui.models import aggregators, experts
+from lib_fusion.requests.settings import ENABLED, SAME_AS_BASE
+from lib_fusion.webui.models import aggregators, experts, loras
 
 #: What an axis sets on a cell's request; always a new dict, since cells are shallow copies of one request.
 ATTRIBUTE = "_denoiser_fusion_axes"
@@ -63,8 +63,10 @@ def make_axis(plot: Any, field: Field) -> Any:
     def confirm(_p: Any, values: list[Any]) -> None:
         for value in values:
             row.read(value, field.label)
-            if row.key == "checkpoint" and value not in infotext.NO_CHECKPOINT:
+            if row.key == "checkpoint" and value not in (*infotext.NO_CHECKPOINT, SAME_AS_BASE):
                 experts.find_checkpoint(value, field.label)
+            if row.key == "prompt":
+                loras.find_loras(value, field.label)
             if row.key == "afa_aggregator":
                 aggregators.implied_by(value)
 
@@ -78,7 +80,7 @@ def make_axis(plot: Any, field: Field) -> Any:
 def choices_of(row: Parameter) -> Callable[[], list[str]] | None:
     """What the plot's list of values offers; None where values are typed."""
     if row.key == "checkpoint":
-        return lambda: [infotext.NO_CHECKPOINT[1], *experts.list_checkpoints()]
+        return lambda: [infotext.NO_CHECKPOINT[1], SAME_AS_BASE, *experts.list_checkpoints()]
     if row.key == "afa_aggregator":
         return aggregators.list_aggregators
     if row.kind in ("choice", "bool"):

@@ -101,16 +101,27 @@ def put_context(cond: dict[str, Any], states: Any) -> dict[str, Any]:
     return {**cond, "c_crossattn": [states]}
 
 
-def strip_marker(cond: dict[str, Any]) -> dict[str, Any]:
-    """The host's conditioning of one call without the token by which ControlNet tells the halves apart.
-
-    Its own U-Net forward takes the token off; an expert does not run that forward.
-    """
-    key = "crossattn" if "crossattn" in cond else "c_crossattn"
+def is_marked(cond: dict[str, Any]) -> bool:
+    """Whether the host's conditioning of one call begins with the token by which ControlNet tells the halves apart."""
     states = tokens_of(cond)
-    if states.shape[1] > 1 and bool((states[:, 0].abs() == MARKER).all()):
-        return {**cond, key: states[:, 1:] if key == "crossattn" else [states[:, 1:]]}
-    return cond
+    return states.shape[1] > 1 and bool((states[:, 0].abs() == MARKER).all())
+
+
+def strip_marker(cond: dict[str, Any]) -> dict[str, Any]:
+    """The host's conditioning of one call without ControlNet's token.
+
+    Its own U-Net forward takes the token off; an expert's own U-Net does not run that forward.
+    """
+    return _with_states(cond, tokens_of(cond)[:, 1:]) if is_marked(cond) else cond
+
+
+def keep_marker(cond: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+    """An expert's conditioning of one call, with ControlNet's token where the host's own of the call has it."""
+    if not is_marked(call):
+        return cond
+    states = tokens_of(cond)
+    token = tokens_of(call)[:, :1, :1].to(states).expand(-1, 1, states.shape[2])
+    return _with_states(cond, torch.cat([token, states], dim=1))
 
 
 def take_rows(cond: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
@@ -139,6 +150,10 @@ def pad_alike(states: Sequence[torch.Tensor], empties: Sequence[torch.Tensor]) -
         chunks = empty.to(value).repeat(value.shape[0], (longest - value.shape[1]) // empty.shape[1], 1)
         result.append(torch.cat([value, chunks], dim=1))
     return result
+
+
+def _with_states(cond: dict[str, Any], states: torch.Tensor) -> dict[str, Any]:
+    return {**cond, "crossattn": states} if "crossattn" in cond else {**cond, "c_crossattn": [states]}
 
 
 def _with_tokens(states: Any, value: torch.Tensor) -> Any:

@@ -107,6 +107,9 @@ class FusionPass:
         if waits_in_ram(self.sd_model):
             for unet in self._own_unets():
                 put_back(unet)
+            for expert in self.experts:
+                if expert.worn is not None:
+                    expert.worn.to(devices.cpu)
             if self.aggregators is not None:
                 self.aggregators.settle(devices.cpu)
 

@@ -19,6 +19,7 @@ from lib_fusion.fusion.rows import Rows
 from lib_fusion.fusion.step import Step
 from lib_fusion.webui.sampling.contexts import (
     change_prediction,
+    keep_marker,
     pad_alike,
     put_context,
     strip_marker,
@@ -144,8 +145,9 @@ class HostStep:
         """An expert's raw output, as a model that predicts what the base predicts would have put it."""
         fusion, expert = self.fusion, self.fusion.experts[model - 1]
         cond = self._cond_of(model, call.cond, rows)
-        if expert.unet is None:
-            return call.by(fusion.original, cond)
+        if expert.unet is None:  # the host's own forward, with whatever ControlNet has put there
+            with expert.wearing():
+                return call.by(fusion.original, keep_marker(cond, call.cond))
         with borrowed_forward(fusion.sd_model.model.diffusion_model, expert.unet):
             raw = call.by(fusion.original, cond)
         if expert.model.prediction == fusion.model.prediction:

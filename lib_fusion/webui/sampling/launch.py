@@ -13,7 +13,7 @@ from torch import nn
 from lib_fusion.errors import FusionError, SettingError, is_out_of_memory
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import FusionSettings
-from lib_fusion.webui.models.experts import Expert, check_base, find_checkpoint
+from lib_fusion.webui.models.experts import Expert, check_base, find_expert
 from lib_fusion.webui.models.masks import Masks, places_of
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.sampling.contexts import Context, weights_of
@@ -61,16 +61,16 @@ def prepare(runtime: Any, p: Any, settings: FusionSettings, masks: Masks, sample
         raise SettingError("passes", "hires", "allowed without hires fix: both, first")
     if settings.may_skip and settings.skip_passes == "hires" and not getattr(p, "enable_hr", False):
         raise SettingError("skip_passes", "hires", "allowed without hires fix: both, first")
-    infos = [find_checkpoint(e.checkpoint, f"experts[{i}].checkpoint") for i, e in enumerate(settings.experts)]
     weights = weights_of(sampler.sampler_extra_args["cond"])
 
     def equip(sd_model: nn.Module) -> tuple[list[Expert], list[Context | None]]:
         check_base(sd_model)
+        infos = [find_expert(expert, f"experts[{i}]", sd_model) for i, expert in enumerate(settings.experts)]
         experts = runtime.experts.acquire(infos, list(settings.experts), sd_model, settings.method == "AFA")
         contexts: list[Context | None] = []
         needed = sum(expert.text_encoder == "own" for expert in settings.experts)
         for i, (loaded, expert) in enumerate(zip(experts, settings.experts)):
-            conditioning = runtime.texts.encode(p, loaded, expert, f"experts[{i}]", needed)
+            conditioning = runtime.texts.encode(p, loaded, expert, f"experts[{i}]", runtime.experts.loras, needed)
             own = weights if conditioning is None else weights_of(conditioning.cond)
             if own != weights:
                 parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {own[0]}"
