@@ -112,9 +112,12 @@ def measure(options: dict[str, Any]) -> None:
 
         return act
 
-    def switched() -> None:
+    def switched() -> None:  # and back, which the base's next call would else do
         with worn.listed(nets):
             call()
+        for layer in base.network_layer_mapping.values():
+            if isinstance(layer, worn.KINDS):
+                networks.network_apply_weights(layer)
 
     call()
     cache = loras.LoraCache()
