@@ -187,7 +187,7 @@ def test_off_is_as_absent_and_a_copy_changes_nothing(crowd: Crowd, case: str) ->
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("ControlNet")])
-def test_controlnet_acts_on_the_base_alone(crowd: Crowd, case: str) -> None:
+def test_controlnet_does_not_act_on_other_checkpoints(crowd: Crowd, case: str) -> None:
     changes = CASES[case][1]
     controlled = crowd.case(case)
     plain = crowd.draw(**changes)
@@ -195,6 +195,21 @@ def test_controlnet_acts_on_the_base_alone(crowd: Crowd, case: str) -> None:
     assert crowd.case(case, expert(COPY, **ALONE)).same_as(plain)
     fused = crowd.case(case, expert(OTHER))
     assert not fused.same_as(crowd.draw(expert(OTHER), **changes))
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("ControlNet")])
+def test_controlnet_acts_on_experts_that_are_the_base_with_loras(crowd: Crowd, case: str) -> None:
+    """One that draws all is what ControlNet makes of the base with that LoRA; with the base's own, of the base."""
+    changes = CASES[case][1]
+    lora = f"{changes.get('prompt', 'a cat')} <lora:tiny_lora:1>"
+    others = CASES[case][0]
+    crowd.need(others)
+    rest = {key: value for key, value in changes.items() if key != "prompt"}
+    wanted = crowd.draw(others=others, **rest, prompt=lora)
+    assert distance(wanted, crowd.draw(**rest, prompt=lora)) > 2
+    alone = expert("same as base", prompt=lora, **ALONE)
+    assert crowd.draw(alone, others=others, **rest, prompt=changes.get("prompt", "a cat")).same_as(wanted)
+    assert crowd.draw(expert("same as base", **ALONE), others=others, **changes).same_as(crowd.case(case))
 
 
 def test_controlnet_with_everything_else(crowd: Crowd) -> None:
