@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,7 @@ from lib_fusion.requests.settings import (
     PARAMETERS,
     PREVIEW_PARAMETERS,
     PREVIEWS,
+    SAME_AS_BASE,
     TIMESTEPS,
     FusionSettings,
     GenerationSettings,
@@ -30,6 +32,7 @@ from lib_fusion.training.options import (
     TRAINING_PARAMETERS,
     TrainingSettings,
 )
+from lib_fusion.unet.model_file import ModelFile, split_files
 
 #: The rows of an expert that have a flag of their own, ``--expert-...``.
 EXPERT_FLAGS = [row for row in EXPERT_PARAMETERS[1:] if "cli" in row.where]
@@ -58,9 +61,15 @@ def build_parser() -> OneLineParser:
 
     generate = commands.add_parser("generate", help="draw pictures with the embedded engine")
     generate.add_argument("--base", required=True, metavar="FILE", help="the base checkpoint, SD1 .safetensors")
+    generate.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+                          help="a LoRA that is merged into the base (default weight 1); may be repeated")
     generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
     generate.add_argument("--expert", action="append", default=[], metavar="FILE",
-                          help="an expert's checkpoint; may be repeated, the --expert-... flags follow the same order")
+                          help=f"an expert's checkpoint, or \"{SAME_AS_BASE}\" for the base's without its LoRAs; may "
+                          "be repeated, the --expert-... flags follow the same order")
+    generate.add_argument("--expert-lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+                          help="a LoRA that is merged into this expert, or several with + between them; \"\" for an "
+                          "expert without one")
     for row in EXPERT_FLAGS:
         generate.add_argument("--expert-" + row.key.replace("_", "-"), dest=f"expert_{row.key}", action="append",
                               default=[], metavar="VALUE", help=f"{row.help} ({row.allowed})")
@@ -79,7 +88,7 @@ def build_parser() -> OneLineParser:
     convert.add_argument("--source", required=True, metavar="PATH",
                          help="the folder with aggregator_0 and so on, or one .safetensors of them all")
     convert.add_argument("--model", action="append", required=True, metavar="FILE",
-                         help="a checkpoint of the ensemble; repeated, in its order")
+                         help="a checkpoint of the ensemble, or CHECKPOINT+LORA:WEIGHT; repeated, in its order")
     convert.add_argument("--heads", type=int, help="attention heads, where no config.json tells them (default: 8)")
     convert.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write")
 
@@ -101,7 +110,8 @@ def build_parser() -> OneLineParser:
     for command in (cache, train, evaluate):
         command.add_argument("--cache", required=True, metavar="FOLDER", help="the encoded data set")
         command.add_argument("--model", action="append", required=True, metavar="FILE",
-                             help="a checkpoint of the ensemble; repeated, in its order, the base first")
+                             help="a checkpoint of the ensemble, or one with LoRAs: CHECKPOINT+LORA:WEIGHT; repeated, "
+                             "in its order, the base first")
         command.add_argument("--device", default="cpu", help="torch device (default: cpu)")
 
     demo = commands.add_parser("demo", help="fuse the demo's checkpoints and write a contact sheet")
@@ -136,6 +146,19 @@ def read_experts(args: argparse.Namespace) -> list[dict[str, Any]]:
     return experts
 
 
+def read_models(args: argparse.Namespace) -> list[ModelFile]:
+    """The base and the experts, with their LoRAs; raises SettingError."""
+    if len(args.expert_lora) > len(args.expert):
+        raise SettingError("expert-lora", args.expert_lora[-1], f"allowed: one for each --expert ({len(args.expert)})")
+    base = Path(args.base)
+    loras = [part for text in args.lora for part in split_files(text, "lora")]
+    models = [ModelFile(base, tuple(loras))]
+    for name, text in zip_longest(args.expert, args.expert_lora, fillvalue=""):
+        path = base if name == SAME_AS_BASE else Path(name)
+        models.append(ModelFile(path, tuple(split_files(text, "expert-lora"))))
+    return models
+
+
 def read_settings(args: argparse.Namespace) -> tuple[GenerationSettings, FusionSettings]:
     generation, fusion = given_rows(args, GENERATION_PARAMETERS), given_rows(args, PARAMETERS)
     return (
@@ -167,24 +190,27 @@ def read_device(name: str):
 
 def run_generate(args: argparse.Namespace) -> int:
     generation, fusion = read_settings(args)
+    base, *experts = read_models(args)
     dtype, device = read_machine(args)
     masks, keep = read_masks(args.expert_mask), read_keep(args)
     from lib_fusion.engine.generate import Engine
     from lib_fusion.engine.loader import quiet_libraries
-    from lib_fusion.engine.sheets import font, infotext, save_png
+    from lib_fusion.engine.sheets import font, infotext, lora_words, name_loras, save_png
     from lib_fusion.previews import draw_previews
     from lib_fusion.unet.checkpoint import distinct_names
 
     quiet_libraries()
-    engine = Engine(args.base, args.expert, dtype=dtype, device=device)
+    engine = Engine(base, experts, dtype=dtype, device=device)
     run = engine.generate(
         generation, fusion, masks=masks, keep=keep, progress=sys.stderr.isatty()
     )
-    names = distinct_names([Path(file).stem for file in (args.base, *args.expert)])
+    names = distinct_names([model.name for model in (base, *experts)])
+    shown = name_loras(fusion, experts)
     files = []
     for i, picture in enumerate(run.pictures):
         path = free_path(Path(args.out), f"{picture.seed:05d}-{i:03d}")
-        save_png(picture.image, path, infotext(picture.prompt, picture.seed, generation, fusion, Path(args.base).stem))
+        prompt = picture.prompt + lora_words(base)
+        save_png(picture.image, path, infotext(prompt, picture.seed, generation, shown, base.path.stem))
         files.append(str(path))
         for kind, image in draw_previews(keep.kinds, picture.image, picture.records, names, fusion, font):
             beside = path.with_name(f"{path.stem}-{kind}.png")

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lib_fusion.engine.corrections import CorrectedSampler
-from lib_fusion.engine.loader import VAE_SCALE, DiffusionModel, check_checkpoint, load_model
+from lib_fusion.engine.loader import VAE_SCALE, DiffusionModel, add_loras, check_checkpoint, load_model
 from lib_fusion.engine.samplers import is_sigma_scaled, make_scheduler, sigmas_of
 from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.fusion.aggregator_files import identify_model, load_for
@@ -32,6 +32,8 @@ from lib_fusion.methods import afa
 from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 from lib_fusion.unet.checkpoint import Checkpoint
 from lib_fusion.unet.layout import read_layout
+from lib_fusion.unet.lora import read_loras
+from lib_fusion.unet.model_file import ModelFile
 
 
 @dataclass
@@ -55,23 +57,30 @@ class Generated:
 class Engine:
     """The base and its experts, loaded once, for any number of runs.
 
-    An expert that is the same file as the base, or as another expert, shares what is loaded. Everything is checked
+    Each is a checkpoint, or one with LoRAs: ``general.safetensors+style.safetensors:0.8``, or a ``ModelFile``. Models
+    of the same checkpoint share what is loaded of it, all but the layers that their LoRAs change. Everything is checked
     before anything is loaded; raises SettingError or CheckpointError.
     """
 
     def __init__(
-        self, base: str | Path, experts: Sequence[str | Path] = (), *,
+        self, base: str | Path | ModelFile, experts: Sequence[str | Path | ModelFile] = (), *,
         dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
         self.device = torch.device(device)
-        files = [check_checkpoint(path) for path in (base, *experts)]
+        given = [ModelFile.of(model) for model in (base, *experts)]
+        files = [check_checkpoint(model.path) for model in given]
         for file in files[1:]:
             _check_fits(files[0], file)
-        loaded: dict[Path, DiffusionModel] = {}
-        for i, file in enumerate(files):
-            if file.path.resolve() not in loaded:
-                loaded[file.path.resolve()] = load_model(file, dtype, device, with_vae=i == 0)
-        self.models = [loaded[file.path.resolve()] for file in files]
+        loras = [read_loras(model, file) for model, file in zip(given, files, strict=True)]
+        loaded: dict[ModelFile, DiffusionModel] = {}
+        self.models: list[DiffusionModel] = []
+        for i, (model, file) in enumerate(zip(given, files, strict=True)):
+            plain, whole = ModelFile(file.path.resolve()), ModelFile(file.path.resolve(), model.loras)
+            if plain not in loaded:
+                loaded[plain] = load_model(file, dtype, device, with_vae=i == 0)
+            if whole not in loaded:
+                loaded[whole] = add_loras(loaded[plain], loras[i])
+            self.models.append(loaded[whole])
         self.vae = self.models[0].vae
         self._aggregators: tuple[tuple | None, nn.ModuleList | None] = (None, None)
 
@@ -109,7 +118,7 @@ class Engine:
                 calls = [a + b for a, b in zip(calls, session.calls, strict=True)]
                 rows = [a + b for a, b in zip(rows, session.rows, strict=True)]
         record = {
-            "base": self.models[0].path.stem,
+            "base": self.models[0].file.name,
             **asdict(generation),
             **fusion.to_dict(),
             "pictures": len(pictures),
@@ -165,7 +174,7 @@ class Engine:
         count = 1 + len(fusion.experts)
         key = (fusion.afa_aggregator, fusion.afa_force, count)
         if self._aggregators[0] != key:
-            identities = [identify_model(model.path) for model in self.models[:count]]
+            identities = [identify_model(model.file) for model in self.models[:count]]
             unet = self.models[0].unet
             loaded = load_for(fusion.afa_aggregator, unet, identities, self._predictions(count), fusion.afa_force,
                               unet.dtype, self.device)  # fmt: skip
@@ -207,7 +216,7 @@ class Engine:
                 x = sampler.take(step, t, x)
                 if bar is not None:
                     bar.update()
-        session.check_finite(f"the base ({self.models[0].path.stem})")
+        session.check_finite(f"the base ({self.models[0].file.name})")
         session.check_acted()
         return x
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from transformers.utils import logging
 
 from lib_fusion.errors import CheckpointError
 from lib_fusion.unet.checkpoint import TEXT_PREFIX, VAE_PREFIX, Checkpoint
+from lib_fusion.unet.lora import Lora, with_loras
 from lib_fusion.unet.model import UNet, load_unet
+from lib_fusion.unet.model_file import ModelFile
 
 #: The CLIP folder that SD1 checkpoints use; taken from the local cache or the model hub.
 SD1_CLIP = "openai/clip-vit-large-patch14"
@@ -44,9 +47,9 @@ class TextEncoder:
 
 @dataclass
 class DiffusionModel:
-    """One loaded checkpoint. ``vae`` is None for experts: the base's decodes."""
+    """One loaded model. ``vae`` is None for experts: the base's decodes."""
 
-    path: Path
+    file: ModelFile
     unet: UNet
     text: TextEncoder
     vae: AutoencoderKL | None
@@ -69,11 +72,31 @@ def load_model(
 ) -> DiffusionModel:
     """Loads U-Net and text encoder (and VAE, always float32) of a checked checkpoint."""
     return DiffusionModel(
-        path=file.path,
+        file=ModelFile(file.path),
         unet=load_unet(file.path, dtype=dtype, device=device),
         text=load_text(file, dtype, device),
         vae=load_vae(file, device) if with_vae else None,
     )
+
+
+def add_loras(model: DiffusionModel, loras: Sequence[Lora]) -> DiffusionModel:
+    """The model with LoRAs merged in. It shares all weights with ``model`` but those of the layers that they change."""
+    if not loras:
+        return model
+    return replace(
+        model, file=replace(model.file, loras=tuple(lora.file for lora in loras)),
+        unet=with_loras(model.unet, [(lora.unet, lora.file.weight) for lora in loras]),
+        text=add_text_loras(model.text, loras),
+    )  # fmt: skip
+
+
+def add_text_loras(text: TextEncoder, loras: Sequence[Lora]) -> TextEncoder:
+    """The text encoder with the LoRAs' changes of it merged in."""
+    # transformers 5 dropped the inner prefix that files, and older releases, have
+    dropped = "" if hasattr(text.model, TEXT_INNER.strip(".")) else TEXT_INNER
+    changes = [({key.removeprefix(dropped): change for key, change in lora.text.items()}, lora.file.weight)
+               for lora in loras]  # fmt: skip
+    return replace(text, model=with_loras(text.model, changes))
 
 
 def clip_folder(path: Path) -> Path | str:

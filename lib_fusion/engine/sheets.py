@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from lib_fusion.files import write_whole
 from lib_fusion.requests.infotext import write_infotext
 from lib_fusion.requests.settings import FusionSettings, GenerationSettings
+from lib_fusion.unet.model_file import ModelFile
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,6 +36,18 @@ def infotext(prompt: str, seed: int, generation: GenerationSettings, fusion: Fus
         values |= {key: _quoted(value) for key, value in write_infotext(named, names).items()}
     lines.append(", ".join(f"{key}: {value}" for key, value in values.items()))
     return "\n".join(lines)
+
+
+def lora_words(model: ModelFile) -> str:
+    """A model's LoRAs as the WebUI has them in a prompt."""
+    return "".join(f"<lora:{lora.path.stem}:{lora.weight:g}>" for lora in model.loras)
+
+
+def name_loras(fusion: FusionSettings, experts: Sequence[ModelFile]) -> FusionSettings:
+    """Settings whose experts have their LoRAs in their prompts, as the WebUI reads them."""
+    named = [replace(settings, prompt=settings.prompt + lora_words(model))
+             for settings, model in zip(fusion.experts, experts)]  # fmt: skip
+    return replace(fusion, experts=tuple(named))
 
 
 def _quoted(text: str) -> str:

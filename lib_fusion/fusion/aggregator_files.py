@@ -24,6 +24,8 @@ from lib_fusion.files import file_version, write_whole
 from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.methods.afa import AggregatorSizes, groups_of
 from lib_fusion.unet.checkpoint import Checkpoint
+from lib_fusion.unet.lora import read_loras
+from lib_fusion.unet.model_file import ModelFile
 
 FORMAT = "denoiser-fusion-aggregator"
 VERSION = 1
@@ -173,10 +175,20 @@ def save_aggregators(
     write_whole(path, lambda partial: save_file(tensors, partial, {"format": FORMAT, "card": card.to_json()}))
 
 
-def identify_model(path: str | Path) -> ModelIdentity:
-    """A checkpoint file's name and the hash of its U-Net; raises CheckpointError."""
-    file = Checkpoint.open(path)
-    return ModelIdentity(file.path.stem, part_hash(file, file.unet_prefix))
+def identify_model(model: str | Path | ModelFile) -> ModelIdentity:
+    """A model's name and the hash of its U-Net, by checkpoint and LoRAs; raises CheckpointError."""
+    model = ModelFile.of(model)
+    return ModelIdentity(shorten(model.name, LONGEST_NAME - 3), model_hash(model, Checkpoint.open(model.path), "unet"))
+
+
+def model_hash(model: ModelFile, file: Checkpoint, part: str) -> str:
+    """What tells a model's ``unet`` or ``text`` encoders from others: the checkpoint's part, with that of its LoRAs.
+
+    LoRAs that do not change the part, or weigh 0, do not count.
+    """
+    own = part_hash(file, file.unet_prefix if part == "unet" else file.text_prefix)
+    changes = [found for lora in read_loras(model, file) if (found := lora.part_hash(part))]
+    return hashlib.sha256("+".join([own, *changes]).encode()).hexdigest()[:HASH_DIGITS] if changes else own
 
 
 def part_hash(file: Checkpoint, prefix: str) -> str:
@@ -238,10 +250,10 @@ def convert_official(
     if wanted != given:
         wrong = min(key for key in wanted.keys() | given.keys() if wanted.get(key) != given.get(key))
         raise CheckpointError(f"{source}: not aggregators as the official code saves them (see {wrong})")
-    files = [Checkpoint.open(path) for path in checkpoints]
+    files = [Checkpoint.open(ModelFile.of(model).path) for model in checkpoints]
     if len(files) != num_models:
         raise CheckpointError(f"{source}: aggregators for {num_models} models, {len(files)} checkpoints were given")
-    card = Card(files[0].kind, files[0].prediction, sizes, tuple(identify_model(path) for path in checkpoints),
+    card = Card(files[0].kind, files[0].prediction, sizes, tuple(identify_model(model) for model in checkpoints),
                 {"data": "unknown", "origin": "converted from the official code's format"})  # fmt: skip
     return card, tensors
 

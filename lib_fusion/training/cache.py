@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 
 from lib_fusion.errors import FusionError
 from lib_fusion.files import read_text, write_whole
-from lib_fusion.fusion.aggregator_files import part_hash
+from lib_fusion.fusion.aggregator_files import model_hash, part_hash
 from lib_fusion.training.captioned import Captioned, PictureError, read_pictures, to_tensor
 from lib_fusion.unet.checkpoint import VAE_PREFIX, Checkpoint
+from lib_fusion.unet.model_file import ModelFile
 
 FORMAT = "denoiser-fusion-cache-1"
 INDEX, EMPTY = "index.json", "empty.safetensors"
@@ -62,21 +63,23 @@ class Encoders(Protocol):
         """Each model's conditioning of B captions."""
 
 
-def encoder_identity(files: Sequence[Checkpoint], vae: Checkpoint) -> dict[str, Any]:
+def encoder_identity(given: Sequence[str | Path | ModelFile], vae: Checkpoint) -> dict[str, Any]:
     """What a cache depends on; U-Nets may be trained further and still use it. Raises FusionError as text_hashes."""
+    models = [ModelFile.of(model) for model in given]
     return {
-        "models": [file.path.stem for file in files],
-        "texts": text_hashes(files),
+        "models": [model.name for model in models],
+        "texts": text_hashes(models),
         "vae": part_hash(vae, VAE_PREFIX),
     }
 
 
-def text_hashes(files: Sequence[Checkpoint]) -> list[str]:
+def text_hashes(models: Sequence[ModelFile]) -> list[str]:
     """The identity of each model's text encoders; raises FusionError where the models are of several kinds."""
+    files = [Checkpoint.open(model.path) for model in models]
     if len({file.kind for file in files}) > 1:
         problem = ", ".join(f"{file.path.stem} {file.kind}" for file in files)
         raise FusionError(f"the models are of several kinds ({problem}); allowed: models of one kind")
-    return [part_hash(file, file.text_prefix) for file in files]
+    return [model_hash(model, file, "text") for model, file in zip(models, files)]
 
 
 @dataclass(frozen=True)

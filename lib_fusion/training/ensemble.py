@@ -15,7 +15,9 @@ from lib_fusion.fusion.lockstep import Lockstep, mean_context
 from lib_fusion.training.cache import Cache, Text, text_hashes
 from lib_fusion.unet.checkpoint import Checkpoint
 from lib_fusion.unet.layout import read_layout
+from lib_fusion.unet.lora import read_loras, with_loras
 from lib_fusion.unet.model import UNet, load_unet
+from lib_fusion.unet.model_file import ModelFile
 from lib_fusion.unet.vector import SIZES_DIM, sdxl_vector
 
 TIMESTEPS = 1000
@@ -57,21 +59,21 @@ class Ensemble(nn.Module):
 
 
 def load_models(
-    paths: Sequence[str | Path], cache: Cache, dtype: torch.dtype, device: torch.device
+    given: Sequence[str | Path | ModelFile], cache: Cache, dtype: torch.dtype, device: torch.device
 ) -> list[UNet]:
-    """The frozen U-Nets of checkpoints whose text encoders made a cache, in its order; raises FusionError."""
-    texts = text_hashes([Checkpoint.open(path) for path in paths])
-    if texts != cache.index["texts"]:
-        names = ", ".join(Path(path).stem for path in paths)
+    """The frozen U-Nets of models whose text encoders made a cache, in its order; raises FusionError."""
+    models = [ModelFile.of(model) for model in given]
+    if text_hashes(models) != cache.index["texts"]:
+        names = ", ".join(model.name for model in models)
         made_for = ", ".join(cache.index["models"])
         raise FusionError(f"the cache was made with the text encoders of {made_for}, not with those of {names}")
-    if len(paths) < 2:
+    if len(models) < 2:
         raise FusionError("an ensemble needs at least two models")
-    unets = [load_unet(path, dtype=dtype, device=device) for path in paths]
-    for path, unet, text in zip(paths, unets, cache.empty, strict=True):
-        given = 0 if text.pooled is None else len(text.pooled) + SIZES_DIM
-        if unet.label_dim != given:
-            problem = f"its U-Net takes a vector of {unet.label_dim} numbers, the cache's pooled text gives {given}"
+    unets = [_load_unet(model, dtype, device) for model in models]
+    for path, unet, text in zip((model.path for model in models), unets, cache.empty, strict=True):
+        width = 0 if text.pooled is None else len(text.pooled) + SIZES_DIM
+        if unet.label_dim != width:
+            problem = f"its U-Net takes a vector of {unet.label_dim} numbers, the cache's pooled text gives {width}"
             raise FusionError(f"{path}: {problem}")
         broken = [name for name, value in unet.named_parameters() if not value.isfinite().all()]
         if broken:
@@ -80,6 +82,12 @@ def load_models(
     if len({unet.prediction for unet in unets}) > 1:
         raise FusionError(f"the models predict different things: {', '.join(unet.prediction for unet in unets)}")
     return unets
+
+
+def _load_unet(model: ModelFile, dtype: torch.dtype, device: torch.device) -> UNet:
+    unet = load_unet(model.path, dtype=dtype, device=device)
+    loras = read_loras(model, Checkpoint.open(model.path))
+    return with_loras(unet, [(lora.unet, lora.file.weight) for lora in loras])
 
 
 def add_noise(

@@ -24,6 +24,7 @@ from lib_fusion.methods import afa
 from lib_fusion.training.cache import Cache, Entry, Text, stack_texts
 from lib_fusion.training.ensemble import Ensemble, add_noise, alphas_cumprod, load_models
 from lib_fusion.unet.checkpoint import distinct_names
+from lib_fusion.unet.model_file import ModelFile
 
 #: The middles of five equal ranges of timesteps.
 BUCKETS = (100, 300, 500, 700, 900)
@@ -104,7 +105,7 @@ def only(name: str) -> str:
 
 @torch.no_grad()
 def evaluate(
-    folder: str | Path, checkpoints: Sequence[str | Path], aggregator: str | Path,
+    folder: str | Path, checkpoints: Sequence[str | Path | ModelFile], aggregator: str | Path,
     timesteps: Sequence[int] = BUCKETS, captions: bool = True, device: str | torch.device = "cpu",
     tell: Callable[[str], None] = lambda _: None, precision: str = "float32",
 ) -> Evaluation:  # fmt: skip

@@ -30,6 +30,7 @@ from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.training.cache import Cache, Text, stack_texts
 from lib_fusion.training.ensemble import TIMESTEPS, Ensemble, add_noise, alphas_cumprod, load_models
 from lib_fusion.training.options import CHANGEABLE, TrainingSettings
+from lib_fusion.unet.model_file import ModelFile
 
 LOG, STATE = "log.csv", "state.pt"
 COLUMNS = ("step", "loss", "learning_rate", "seconds")
@@ -65,7 +66,7 @@ class Batches:
 
 
 def train(
-    folder: str | Path, checkpoints: Sequence[str | Path], out: str | Path, settings: TrainingSettings,
+    folder: str | Path, checkpoints: Sequence[str | Path | ModelFile], out: str | Path, settings: TrainingSettings,
     device: str | torch.device = "cpu", tell: Callable[[str], None] = lambda _: None, init: str | Path | None = None,
 ) -> Card:  # fmt: skip
     """Trains on the cache in ``folder`` and writes the aggregator file ``out``; ``out``.run is kept in the same folder.

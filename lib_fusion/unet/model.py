@@ -66,16 +66,12 @@ class UNet(nn.Module):
         self.context_dim = build.context_dim
 
     @property
-    def _first_weight(self) -> nn.Parameter:
-        return self.input_blocks.get_parameter("0.0.weight")
-
-    @property
     def dtype(self) -> torch.dtype:
-        return self._first_weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        return self._first_weight.device
+        return next(self.parameters()).device
 
     def forward(
         self,

@@ -48,7 +48,7 @@ class Encoders:
 
     def __init__(self, paths: list[Path], has_pooled: bool = True) -> None:
         self.files = [Checkpoint.open(path) for path in paths]
-        self.identity = encoder_identity(self.files, self.files[0])
+        self.identity = encoder_identity(paths, self.files[0])
         self.has_pooled = has_pooled
 
     def encode_picture(self, picture: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lib_fusion.errors import CheckpointError
 from lib_fusion.training.cache import Text, encoder_identity
 from lib_fusion.unet.checkpoint import VAE_PREFIX, Checkpoint
+from lib_fusion.unet.lora import read_loras, with_loras
+from lib_fusion.unet.model_file import ModelFile
 
 #: SD1 files made by some tools lack this part of their text encoders' names.
 TEXT_MODEL, TEXT_INNER = "transformer.", "transformer.text_model."
@@ -30,24 +32,29 @@ IDLE = ("position_ids", "logit_scale")
 class HostEncoders:
     """Pictures by the VAE of the first checkpoint, captions by each checkpoint's own text encoders.
 
-    ``configs``: each checkpoint's configuration file, in the host's format. Captions are plain text, cut at 77 tokens:
-    no emphasis, no embeddings. SDXL's empty caption is zeros: what the host, as Stability AI's own sampling does, gives
-    it for an empty negative prompt, so what the aggregators will meet there.
+    ``checkpoints``: also with LoRAs (``ModelFile``). ``configs``: each checkpoint's configuration file, in the host's
+    format. Captions are plain text, cut at 77 tokens: no emphasis, no embeddings. SDXL's empty caption is zeros: what
+    the host, as Stability AI's own sampling does, gives it for an empty negative prompt, so what the aggregators will
+    meet there.
     """
 
     def __init__(
         self, checkpoints: Sequence[str | Path], configs: Sequence[str | Path], device: str | torch.device = "cpu"
     ) -> None:
-        files = [Checkpoint.open(path) for path in checkpoints]
+        models = [ModelFile.of(model) for model in checkpoints]
+        files = [Checkpoint.open(model.path) for model in models]
+        loras = [read_loras(model, file) for model, file in zip(models, files)]
         params = [OmegaConf.load(path).model.params for path in configs]
-        self.identity = encoder_identity(files, files[0])
+        self.identity = encoder_identity(models, files[0])
         self.device = torch.device(device)
         self.scale = float(params[0].scale_factor)
         self.is_sdxl = files[0].kind == "sdxl"
         with _without_weights(self.is_sdxl):
             self.vae = _load(_vae_config(params[0]), files[0], VAE_PREFIX).to(self.device)
             self.texts = [_load(_text_config(p), file, file.text_prefix) for p, file in zip(params, files)]
-        for text in self.texts:
+        for text, own in zip(self.texts, loras):
+            if any(lora.text for lora in own):  # of SD1 only: others are refused
+                text.transformer = with_loras(text.transformer, [(lora.text, lora.file.weight) for lora in own])
             for encoder in text.to(self.device).embedders if self.is_sdxl else [text]:
                 encoder.device = self.device
 
