@@ -29,13 +29,24 @@ from lib_fusion.engine.sheets import sheet
 from lib_fusion.fusion.places import make_places
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import FusionSettings, GenerationSettings
+from lib_fusion.unet.model_file import LoraFile, ModelFile
 
 HERE = Path(__file__).resolve().parent
 
 
 def load_engine(*names: str) -> Engine:
-    files = [HERE / f"{name}.safetensors" for name in names]
-    return Engine(files[0], files[1:])
+    """The demo's models by their names, the base first; ``general+animals:0.5``: with the LoRA of that category."""
+    models = [model_of(name) for name in names]
+    return Engine(models[0], models[1:])
+
+
+def model_of(name: str, loras: Path = HERE / "loras") -> ModelFile:
+    checkpoint, *others = name.split("+")
+    found = []
+    for other in others:
+        category, _, weight = other.partition(":")
+        found.append(LoraFile(loras / f"demo-{category}.safetensors", float(weight or 1)))
+    return ModelFile(HERE / f"{checkpoint}.safetensors", tuple(found))
 
 
 def reference_latents(engine: Engine, data: Path) -> Latents:
@@ -52,15 +63,18 @@ def reference_latents(engine: Engine, data: Path) -> Latents:
 def draw(
     engine: Engine, captions: Sequence[str], seeds: Sequence[int], size: tuple[int, int], cfg: float,
     fusion: FusionSettings, masks: torch.Tensor | None = None, batch: int = 16, steps: int = 50,
+    sampler: str = "DDIM", session: type[FusionSession] = FusionSession,
 ) -> torch.Tensor:  # fmt: skip
-    """Final latents of (caption, seed) pairs by DDIM; ``size`` is (height, width) in pixels."""
-    generation = GenerationSettings(tuple(captions), height=size[0], width=size[1], cfg_scale=cfg, steps=steps)
+    """Final latents of (caption, seed) pairs; ``size`` is (height, width) in pixels."""
+    generation = GenerationSettings(
+        tuple(captions), height=size[0], width=size[1], cfg_scale=cfg, steps=steps, sampler=sampler
+    )
     result = []
     for i in range(0, len(captions), batch):
         jobs = list(zip(captions[i : i + batch], seeds[i : i + batch], strict=True))
         part = masks[i : i + batch] if masks is not None else None
         places = make_places(fusion, {} if part is None else {1: part})
-        result.append(engine.denoise(jobs, generation, FusionSession(fusion, places)))
+        result.append(engine.denoise(jobs, generation, session(fusion, places)))
     return torch.cat(result)
 
 

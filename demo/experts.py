@@ -8,6 +8,7 @@ chosen to make competence visible; it is no property of real checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,13 +137,20 @@ def train_model(
     name: str, unet: UNet, text: CLIPTextModel, tokenizer: CLIPTokenizer, latents: Latents, *,
     expert: str | None, steps: int, lr: float, folder: Path, batches: dict[str, tuple[float, int]] = BATCHES,
 ) -> None:  # fmt: skip
-    """Trains ``unet`` on noise prediction, on the examples of ``expert`` (None: the general model's).
+    """Trains ``unet`` on noise prediction, on the examples of ``expert`` (None: the general model's)."""
+    loss_of = noise_loss(unet, text, tokenizer, Examples(latents, expert, batches))
+    run_stage(name, nn.ModuleDict({"unet": unet}), loss_of, steps=steps, lr=lr, folder=folder, ema_decay=0.998)
+
+
+def noise_loss(
+    unet: UNet, text: CLIPTextModel, tokenizer: CLIPTokenizer, examples: Examples
+) -> Callable[[int, torch.Generator], torch.Tensor]:
+    """The loss of a training step (for ``run_stage``): the weighted error of the predicted noise of one batch.
 
     The text model stays as it is: trained along, it forgets the second object of a scene. Each example weighs
     ``1 / sqrt(SNR)``, within 0.3..5, which makes all noise levels count about alike; unweighted, the loss is mostly the
     fine detail of nearly clean latents, where the caption hardly matters.
     """
-    examples = Examples(latents, expert, batches)
     device = unet.device
     schedule = alphas_cumprod().to(device)
     text.requires_grad_(False)
@@ -157,4 +165,4 @@ def train_model(
         weight = ((1 - schedule[t]) / schedule[t]).sqrt().clamp(0.3, 5)
         return (weight * error).mean()
 
-    run_stage(name, nn.ModuleDict({"unet": unet}), loss_of, steps=steps, lr=lr, folder=folder, ema_decay=0.998)
+    return loss_of

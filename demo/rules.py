@@ -64,16 +64,17 @@ def rules() -> dict[str, tuple[tuple[str, ...], FusionSettings]]:
     }
 
 
-def measure(name: str, cfg: float, scorer: Scorer) -> list[dict[str, float]]:
-    """The scores of all pictures under a rule."""
-    models, fusion = rules()[name]
+def measure(
+    models: Sequence[str], fusion: FusionSettings, cfg: float, scorer: Scorer, **drawing: Any
+) -> list[dict[str, float]]:
+    """The scores of all pictures by these models and settings; ``drawing``: what else ``draw`` takes."""
     engine, result = load_engine(*models), []
     for vertical in (False, True):
         group = [s for s in scenes(PAIRS_A_LAYOUT) if s.vertical == vertical for _ in SEEDS]
         seeds = [seed + i for i in range(len(group) // len(SEEDS)) for seed in SEEDS]
-        masks = oracle_masks(group) if fusion.experts[0].is_painted else None
+        masks = oracle_masks(group) if fusion.experts and fusion.experts[0].is_painted else None
         size = (256, 128) if vertical else (128, 256)
-        z = draw(engine, [s.caption for s in group], seeds, size, cfg, fusion, masks)
+        z = draw(engine, [s.caption for s in group], seeds, size, cfg, fusion, masks, **drawing)
         result += [scorer.scene(latent, scene) for scene, latent in zip(group, z, strict=True)]
     return result
 
@@ -129,7 +130,7 @@ def run(names: Iterable[str], cfgs: Sequence[float], data: Path, results: Path) 
         for cfg in cfgs:
             path = file_of(results, name, cfg)
             if not path.exists():
-                scores = measure(name, cfg, scorer)
+                scores = measure(*rules()[name], cfg, scorer)
                 path.write_text(json.dumps(scores), "utf-8")
                 print(name, f"CFG {cfg:g}", summary(scores, None), flush=True)
 
