@@ -141,6 +141,15 @@ var denoiserFusion = {};
         }
     }
 
+    // The host gives labels and choices its own hints by their words; within our controls ours hold.
+    function keepHints() {
+        for (const owner of gradioApp().querySelectorAll('[id*="denoiser_fusion"][title]:not(button)')) {
+            for (const inner of owner.querySelectorAll('span, p, input, li')) {
+                if (inner.title !== owner.title) inner.title = owner.title;
+            }
+        }
+    }
+
     // Gradio's folds are no buttons; these can be reached and opened by key.
     function setupFolds(tab) {
         for (const fold of (find(tab, 'enable') || document).querySelectorAll('.denoiser-fusion .label-wrap')) {
@@ -204,6 +213,7 @@ var denoiserFusion = {};
 
     onUiLoaded(function() {
         setupCards();
+        setInterval(keepHints, 500);
         for (const tab of ['txt2img', 'img2img']) {
             // Presets and pasted settings change values without an event, so the panel looks for itself.
             const look = function() {

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib_fusion.errors import SettingError
-from lib_fusion.requests.infotext import NO_CHECKPOINT, Field, list_fields, panel_default
+from lib_fusion.requests.infotext import NO_CHECKPOINT, Field, list_fields, panel_default, takes_part
 from lib_fusion.requests.parameters import Parameter
 from lib_fusion.requests.settings import (
+    AUTO,
     COMPARE,
     ENABLED,
     EXPERT_PARAMETERS,
@@ -20,6 +22,7 @@ from lib_fusion.requests.settings import (
     PARAMETERS,
     TIMESTEPS,
     UNUSED_ROWS,
+    ExpertSettings,
     FusionSettings,
 )
 
@@ -43,7 +46,7 @@ def values_of(args: Sequence[Any]) -> Mapping[str, Any]:
 
     Other arguments after a dict are the host's own: defaults, or what it read from an infotext. The dict wins.
     """
-    if not args or not isinstance(args[0], Mapping):
+    if is_panel(args):
         return panel_to_dict(args)
     if any(isinstance(arg, Mapping) for arg in args[1:]):
         raise SettingError("args", "a list with more than one thing in it", "allowed: one object of settings")
@@ -53,10 +56,49 @@ def values_of(args: Sequence[Any]) -> Mapping[str, Any]:
 def read_args(args: Sequence[Any], axes: Mapping[str, Any] | None = None) -> FusionSettings | None:
     """Settings from a script's arguments; None where it is off.
 
-    ``axes``: values that a cell of an X/Y/Z plot sets, by the fields' elements; they also switch it on.
+    ``axes``: values that a cell of an X/Y/Z plot sets, by the fields' elements; they also switch it on. In the panel
+    nothing that is off or hidden can refuse a picture; in the API's object every value is checked.
     """
     values = values_of(args)
-    return read_dict(put_axes(values, axes) if axes else values)
+    if axes:
+        values = put_axes(values, axes)
+    if is_panel(args):
+        if values.get(ENABLED.key) is False:
+            return None
+        values = forgive_unused(values)
+    return read_dict(values)
+
+
+def is_panel(args: Sequence[Any]) -> bool:
+    """Whether a script's arguments are the panel's values, and not the API's object."""
+    return not args or not isinstance(args[0], Mapping)
+
+
+def forgive_unused(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A panel's values without those that are not allowed and have no part in the picture."""
+    rows = {row.key: row for row in PARAMETERS if row.key in values}
+    read = {}
+    for key, row in rows.items():
+        with contextlib.suppress(SettingError):
+            read[key] = row.read(values[key])
+    places = [str(expert.get("place", AUTO)) for expert in values.get("experts", ())]
+    if not places and read.get("method") == "AFA" and read.get("afa_aggregator"):
+        places = [AUTO]  # an aggregator brings its experts
+    settings = FusionSettings(experts=tuple(ExpertSettings("", place=place) for place in places), **read)
+    return {key: value for key, value in values.items() if key in read or key not in rows or takes_part(key, settings)}
+
+
+def in_panels_words(error: SettingError) -> str:
+    """A refusal that names the control, where the API's name of the setting is not its label."""
+    if error.field == "experts":
+        remedies = "switch on FreeU, Skipping or the guidance interval (always), or untick the panel"
+        return f"Denoiser Fusion: choose a checkpoint under Expert 1, {remedies}"
+    labels = {field.row.key if field.expert is None else f"experts[{field.expert}].{field.row.key}": field.label
+              for field in list_fields()}  # fmt: skip
+    labels |= {f"experts[{i}].mask": f"Expert {i + 1} mask" for i in range(MAX_EXPERTS)}
+    if error.field not in labels:
+        return str(error)
+    return f"Denoiser Fusion, {SettingError(labels[error.field], error.value, error.allowed)}"
 
 
 def put_axes(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lib_fusion.errors import FusionError, SettingError, one_line
 from lib_fusion.fusion.records import Records
 from lib_fusion.requests.infotext import infotext_keys, write_infotext
 from lib_fusion.requests.loras import title_of
-from lib_fusion.requests.request import read_args, values_of
+from lib_fusion.requests.request import in_panels_words, is_panel, read_args, values_of
 from lib_fusion.requests.settings import COMPARE, SAME_AS_BASE, ExpertSettings, FusionSettings
 from lib_fusion.webui.models import file_hashes, masks
 from lib_fusion.webui.models.aggregators import complete
@@ -46,6 +46,8 @@ class Request:
     #: What the same request had asked for when it was read before.
     before: FusionSettings | None = None
     error: Exception | None = None
+    #: Whether it came from the panel, whose errors name its controls.
+    in_panel: bool = False
     names: list[str] = field(default_factory=list)
     #: The experts' painted masks.
     painted: masks.Masks = field(default_factory=dict)
@@ -93,6 +95,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
     """Reads the request and writes its infotext. Never raises: the host would continue without the effect."""
     job: Request = p.__dict__.setdefault(ATTRIBUTE, Request())
     earlier, params = job.settings or job.before, p.extra_generation_params
+    job.in_panel = is_panel(args)
     try:
         runtime.drop_leftovers()
         told = {key: params.pop(key) for key in infotext_keys() if key in params}  # an XYZ plot's cells share it
@@ -134,6 +137,14 @@ def wrap_sampler(p: Any) -> None:
 
     def launch_sampling(steps: int, func: Any) -> Any:
         del sampler.launch_sampling
+        try:
+            return run(steps, func)
+        except RequestRefusedError as error:
+            if job.in_panel and isinstance(error.__cause__, SettingError):
+                raise RequestRefusedError(in_panels_words(error.__cause__)) from error.__cause__
+            raise
+
+    def run(steps: int, func: Any) -> Any:
         if isinstance(job.error, FusionError):
             raise RequestRefusedError(str(job.error)) from job.error
         if job.error is not None:

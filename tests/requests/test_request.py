@@ -70,6 +70,60 @@ def test_off_is_still_checked() -> None:
         request.read_args([{"enabled": False, "k_expert": "x"}])
 
 
+def panel_with(**changes: object) -> list[object]:
+    """The panel's values, on, with others for some of its elements."""
+    values = request.default_values()
+    values[0], place = True, 1
+    for field in infotext.list_fields():
+        if field.element in changes:
+            change = changes[field.element]
+            values[place : place + field.width] = list(change) if field.width == 2 else [change]
+        place += field.width
+    return values
+
+
+#: A value that is not allowed, and the panel's choices with which it has no part, and with which it has.
+EXPERT = {"expert1_checkpoint": "b"}
+HIDDEN = [
+    ("k_general", -5, {"freeu": "Auto"}, EXPERT),
+    ("k_general", -5, {**EXPERT, "method": "Average"}, EXPERT),
+    ("snb_window", (300, 700), {"skipping": "Forecast"}, EXPERT),
+    ("snb_window", (300, 700), {"skipping": "Forecast"}, {"method": "AFA", "afa_aggregator": "x"}),
+    ("skip_tolerance", 99, EXPERT, {"skipping": "Forecast"}),
+    ("skip_warmup", 1, {"skipping": "Paper"}, {"skipping": "Forecast"}),
+    ("freeu_start", -1, EXPERT, {"freeu": "Auto"}),
+    ("freeu_width1", 7, {"freeu": "Auto"}, {"freeu": "Custom"}),
+    ("guidance_until", 5000, {**EXPERT, "guidance": "off"}, EXPERT),
+    ("place_feather", -1, EXPERT, {**EXPERT, "expert1_place": "rows 1:1 1"}),
+    ("expert2_window", (0, 1000), EXPERT, {**EXPERT, "expert2_checkpoint": "c"}),
+]
+
+
+@pytest.mark.parametrize(("element", "value", "without", "used"), HIDDEN)
+def test_what_is_hidden_or_off_refuses_no_picture(element: str, value: object, without: dict, used: dict) -> None:
+    """Used, it is refused by the control's own name."""
+    assert request.read_args(panel_with(**without, **{element: value})) == request.read_args(panel_with(**without))
+    off = panel_with(**used, **{element: value})
+    off[0] = False
+    assert request.read_args(off) is None
+    with pytest.raises(SettingError) as caught:
+        request.read_args(panel_with(**used, **{element: value}))
+    label = next(field.label for field in infotext.list_fields() if field.element == element)
+    assert request.in_panels_words(caught.value).startswith(f"Denoiser Fusion, {label}: ")
+
+
+def test_a_plot_switches_on_what_the_panel_hides() -> None:
+    values = panel_with(skip_tolerance=99, **EXPERT)
+    with pytest.raises(SettingError, match="skip_tolerance"):
+        request.read_args(values, {"skipping": "Forecast"})
+
+
+def test_an_empty_panel_says_what_to_do() -> None:
+    with pytest.raises(SettingError) as caught:
+        request.read_args(panel_with())
+    assert "choose a checkpoint under Expert 1" in request.in_panels_words(caught.value)
+
+
 def parse_as_host(entries: dict[str, str]) -> dict[str, str]:
     """The host's writing and reading of infotext entries (modules/infotext_utils.py), in short."""
     texts = {k: json.dumps(v, ensure_ascii=False) if any(m in v for m in ",\n:") else v for k, v in entries.items()}

@@ -305,11 +305,12 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
         try:
             values = request.dict_to_panel(store.get(name))
         except FusionError as error:
-            return [gr.update() for _ in inputs] + [str(error)]
-        return [gr.update() if value is None else gr.update(value=value) for value in values] + [f"Applied: {name}"]
+            return [gr.update() for _ in inputs] + [html.escape(str(error))]
+        told = f"Applied: {html.escape(name)}"
+        return [gr.update() if value is None else gr.update(value=value) for value in values] + [told]
 
     def on_save(name: str, *values: Any) -> list[Any]:
-        settings = request.panel_to_dict([True, *values])
+        settings = dict(request.forgive_unused(request.panel_to_dict([True, *values])))
         del settings["enabled"], settings["compare"]
         return act(lambda: store.save(name, settings), f"Saved: {name}")
 
@@ -318,7 +319,7 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
             do()
         except FusionError as error:
             done = str(error)
-        return [gr.update(choices=names_of(store)), done]
+        return [gr.update(choices=names_of(store)), html.escape(done)]
 
     apply.click(on_apply, inputs=[chosen], outputs=[*inputs, told], **AT_ONCE)
     save.click(on_save, inputs=[chosen, *inputs], outputs=[chosen, told], **AT_ONCE)
@@ -382,7 +383,7 @@ def make_controls(field: Field, elem_id: Callable[[str], str]) -> list[Any]:
         ]  # fmt: skip
     if row.step and (row.high - row.low) / row.step <= MOST_STOPS:
         return [gr.Slider(row.low, row.high, value=value, step=row.step, label=label, **common)]
-    return [gr.Number(value=value, label=label, minimum=row.low, maximum=row.high, **common)]
+    return [gr.Number(value=value, label=label, **common)]  # Gradio's limits would end every run, without a name
 
 
 def shown_with(control: str, *choices: str) -> list[str]:
