@@ -145,8 +145,8 @@ def test_another_checkpoint_with_a_lora_of_its_own(client: Client) -> None:
 
 @pytest.mark.parametrize("more", [{}, {"cache_fp16_weight": True}])
 def test_a_copy_of_the_base_with_a_lora_in_fp8(client: Client, more: dict) -> None:
-    """With the base's own weights, since the host rounds another checkpoint twice when it takes the same object."""
-    with client.settings({"fp8_storage": "Enable", **more}):
+    """With the base's own weights, loaded in FP8 once: into a rounded model the host loads in half precision first."""
+    with client.settings(more), client.settings({"fp8_storage": "Enable"}):
         for lora in ("lora_lora:1", LORA):
             drawn = client.draw(alone(lora, checkpoint="tiny_copy"), model=BASE)
             assert drawn.same_as(client.draw(model=BASE, prompt=named(lora)))
@@ -178,7 +178,7 @@ def test_two_experts(client: Client, plain: Pictures, unhurt: None) -> None:
     placed = [own | {"place": f"columns 1:1 {i + 1}"} for i, own in enumerate(experts)]
     for pair in (experts, placed):
         first, second = (client.draw({"experts": order, **PLAIN}, model=BASE) for order in (pair, pair[::-1]))
-        assert first.same_as(second)
+        assert np.abs(first.pixels[0].astype(int) - second.pixels[0]).max() <= 1  # sums in another order
         for other in (plain, client.draw(alone(LORA), model=BASE), client.draw(alone("lora_locon:1"), model=BASE)):
             assert not first.same_as(other)
     assert KEPT in client.fusion()["experts"]
