@@ -12,7 +12,7 @@ from lib_fusion.log import logger
 from lib_fusion.webui.models.aggregators import AggregatorCache
 from lib_fusion.webui.models.conditioning import TextCache
 from lib_fusion.webui.models.experts import ExpertCache
-from lib_fusion.webui.models.placement import home_of
+from lib_fusion.webui.models.placement import waits_in_ram
 from lib_fusion.webui.sampling.hooked_pass import FusionPass
 
 
@@ -45,11 +45,14 @@ class Runtime:
         devices.torch_gc()
 
     def settle(self) -> None:
-        """Moves all that is loaded to where the settings let it wait; not while a picture is being made."""
+        """Moves all that is loaded into RAM, where the settings let it wait there; not while a picture is being made.
+
+        To the GPU nothing is moved before it is used.
+        """
         sd_model = sd_models.model_data.sd_model
-        if self.current is None and sd_model is not None:
+        if self.current is None and sd_model is not None and waits_in_ram(sd_model):
             for cache in (self.experts, self.texts, self.aggregators):
-                cache.settle(home_of(sd_model))
+                cache.settle(devices.cpu)
             devices.torch_gc()
 
     def close(self) -> None:
