@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +34,7 @@ def launch(
     Everything that can be refused is refused before the first step, with RequestRefusedError, which nothing swallows.
     """
     began = time.perf_counter()
+    fusion = None
     try:
         fusion = runtime.current = prepare(runtime, p, settings, masks, sampler)
         try:
@@ -45,6 +48,8 @@ def launch(
     except FusionError as error:
         raise RequestRefusedError(str(error)) from error
     except Exception as error:
+        del fusion
+        release(error)
         runtime.free()  # after any error the next picture has all memory, and loads again what it needs
         if is_out_of_memory(error):
             raise RequestRefusedError(f"{OUT_OF_MEMORY} ({error})", status_code=500) from error
@@ -53,6 +58,18 @@ def launch(
     done = fusion.session
     record = {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "records": done.records}
     return samples, {**record, "rows": done.rows, "skipped_rows": done.skipped_rows}
+
+
+def release(error: BaseException) -> None:
+    """Lets go of all that the functions held in which an error came up: the pass, its experts, and what it computed.
+
+    Else that lives as long as the error, which others keep, and the next picture has no memory either.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
+    gc.collect()  # frames and errors refer to each other
 
 
 def prepare(runtime: Any, p: Any, settings: FusionSettings, masks: Masks, sampler: Any) -> FusionPass:
