@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import reprlib
+import traceback
 
 #: Characters of a refused value, or of a field's name, that an error repeats; and of all that it says.
 LONGEST_SHOWN, LONGEST_MESSAGE = 120, 2000
@@ -48,3 +50,15 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     )
+
+
+def release(error: BaseException) -> None:
+    """Lets go of all that the functions held in which an error came up: models, features, latents.
+
+    Else that lives as long as the error, which others keep, and what comes next has no memory either.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
+    gc.collect()  # errors and frames refer to each other

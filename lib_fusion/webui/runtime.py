@@ -13,6 +13,7 @@ from lib_fusion.webui.models.aggregators import AggregatorCache
 from lib_fusion.webui.models.conditioning import TextCache
 from lib_fusion.webui.models.experts import ExpertCache
 from lib_fusion.webui.models.placement import waits_in_ram
+from lib_fusion.webui.sampling.decoding import RoomForVae
 from lib_fusion.webui.sampling.hooked_pass import FusionPass
 
 
@@ -20,6 +21,7 @@ class Runtime:
     def __init__(self) -> None:
         self.experts, self.texts, self.aggregators = ExpertCache(), TextCache(), AggregatorCache()
         self.current: FusionPass | None = None
+        self._room: RoomForVae | None = None
 
     def begin_step(self, params: Any) -> None:
         self._guard("begin_step", params)
@@ -27,8 +29,15 @@ class Runtime:
     def end_step(self, params: Any) -> None:
         self._guard("end_step", params)
 
+    def keep_room(self, room: RoomForVae | None) -> None:
+        """From a pass to the next, or to the end of the generation, the VAE may have the experts' memory."""
+        if self._room is not None:
+            self._room.remove()
+        self._room = room
+
     def drop_leftovers(self) -> None:
         """The backstop: takes off a pass that has not ended by itself. One that still runs ends with an error."""
+        self.keep_room(None)
         fusion, self.current = self.current, None
         if fusion is not None:
             logger.warning("a sampling pass had not ended by itself; it was taken off")

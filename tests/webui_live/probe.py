@@ -29,7 +29,8 @@ def state():
     )
     return {
         "hooks": hooks,
-        "replaced": sorted(set(model.__dict__) & {"apply_model"}) + sorted(set(unet.__dict__) & {"forward"}),
+        "replaced": sorted(set(model.__dict__) & {"apply_model", "decode_first_stage", "encode_first_stage"})
+        + sorted(set(unet.__dict__) & {"forward"}),
         "checkpoint": model.sd_checkpoint_info.name,
         "unet": [type(unet).__module__, type(unet).__name__],
         "digest": digest.hexdigest(),

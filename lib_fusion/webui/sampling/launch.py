@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,13 +10,15 @@ from typing import Any
 from modules import prompt_parser
 from torch import nn
 
-from lib_fusion.errors import FusionError, SettingError, is_out_of_memory
+from lib_fusion.errors import FusionError, SettingError, is_out_of_memory, release
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import FusionSettings
 from lib_fusion.webui.models.experts import Expert, check_base, find_expert
 from lib_fusion.webui.models.masks import Masks, places_of
+from lib_fusion.webui.models.placement import waits_in_ram
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.sampling.contexts import Context, weights_of
+from lib_fusion.webui.sampling.decoding import RoomForVae
 from lib_fusion.webui.sampling.hooked_pass import FusionPass
 from lib_fusion.webui.sampling.levels import levels_of
 
@@ -34,6 +34,7 @@ def launch(
     Everything that can be refused is refused before the first step, with RequestRefusedError, which nothing swallows.
     """
     began = time.perf_counter()
+    runtime.keep_room(None)
     fusion = None
     try:
         fusion = runtime.current = prepare(runtime, p, settings, masks, sampler)
@@ -54,22 +55,12 @@ def launch(
         if is_out_of_memory(error):
             raise RequestRefusedError(f"{OUT_OF_MEMORY} ({error})", status_code=500) from error
         raise
+    if fusion.experts and not waits_in_ram(fusion.sd_model):
+        runtime.keep_room(RoomForVae(fusion.sd_model, runtime.free, p.comment))
     seconds = time.perf_counter() - began
     done = fusion.session
     record = {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "records": done.records}
     return samples, {**record, "rows": done.rows, "skipped_rows": done.skipped_rows}
-
-
-def release(error: BaseException) -> None:
-    """Lets go of all that the functions held in which an error came up: the pass, its experts, and what it computed.
-
-    Else that lives as long as the error, which others keep, and the next picture has no memory either.
-    """
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__cause__ or seen.__context__
-    gc.collect()  # frames and errors refer to each other
 
 
 def prepare(runtime: Any, p: Any, settings: FusionSettings, masks: Masks, sampler: Any) -> FusionPass:

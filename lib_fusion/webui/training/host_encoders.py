@@ -55,7 +55,8 @@ class HostEncoders:
         for text, own in zip(self.texts, loras):
             if any(lora.text for lora in own):  # of SD1 only: others are refused
                 text.transformer = with_loras(text.transformer, [(lora.text, lora.file.weight) for lora in own])
-            for encoder in text.to(self.device).embedders if self.is_sdxl else [text]:
+            text.to(self.device)
+            for encoder in text.embedders if self.is_sdxl else [text]:
                 encoder.device = self.device
 
     @torch.no_grad()
