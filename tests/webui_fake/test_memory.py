@@ -171,12 +171,12 @@ def encoder_loads(monkeypatch: pytest.MonkeyPatch, cache: int, experts: int, pro
     for _ in range(prompts):
         for i in range(experts):
             loaded = SimpleNamespace(info=SimpleNamespace(name=str(i)), model=kind)
-            texts._own(loaded, _Key(i), model, "", experts)
+            texts._own(loaded, _Key(i), model, "", None, experts)
     return len(made)
 
 
 class _Key(int):
-    loras = False
+    loras = ()
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3])
