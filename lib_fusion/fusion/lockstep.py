@@ -181,7 +181,8 @@ class Lockstep:
     def _out(self, _: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         if not self._is_running:
             return None
-        if len(self._last) != len(self.experts) or len(self.totals) != len(self._layouts[0].points) - 1:
+        have_run = (len(self.totals) + 1) % len(self._layouts[0].points) == 0  # in ControlNet's reference mode twice
+        if len(self._last) != len(self.experts) or not have_run:
             raise FusionError(f"AFA could not act: {ELSEWHERE}; switch that or AFA off")
         own = []
         for expert, h, wearing in zip(self.experts, self._last, self._wearing, strict=True):

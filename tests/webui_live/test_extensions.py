@@ -26,7 +26,8 @@ pytestmark = pytest.mark.timeout(1800)
 FOLDER = Path(os.environ.get("FUSION_TEST_EXTENSIONS") or Path.home() / "webui-extensions")
 #: Folder in the WebUI -> title of its script.
 EXTENSIONS = {"sd-webui-controlnet": "ControlNet", "adetailer": "ADetailer", "sd-webui-freeu": "FreeU",
-              "sd-dynamic-thresholding": "Dynamic Thresholding (CFG Scale Fix)"}  # fmt: skip
+              "sd-dynamic-thresholding": "Dynamic Thresholding (CFG Scale Fix)",
+              "multidiffusion-upscaler-for-automatic1111": "Tiled Diffusion"}  # fmt: skip
 YOLO = "import torch, ultralytics; torch.manual_seed(0); ultralytics.YOLO('yolov8n.yaml').save({path!r})"
 
 ALONE = {"snb_window": [0, 0], "snb_outside": "expert"}
@@ -97,11 +98,15 @@ CASES = {
 
 
 class Crowd(Client):
-    """``absent``: what the same WebUI drew without our extension, by case."""
+    """``absent``: what the same WebUI drew without our extension, by case.
+
+    ``left``: what another extension leaves on the model instance by itself.
+    """
 
     def __init__(self, url: str, titles: set[str], absent: dict[str, Pictures]) -> None:
         super().__init__(url)
         self.titles, self.absent = titles, absent
+        self.left: set[str] = set()
 
     def need(self, others: dict[str, list]) -> None:
         for title in others:
@@ -164,7 +169,7 @@ def _nothing_of_ours_stays(crowd: Crowd) -> Iterator[None]:
     yield
     state = crowd.state()
     assert state["hooks"] == 0
-    assert "apply_model" not in state["replaced"]
+    assert "apply_model" not in set(state["replaced"]) - crowd.left
     assert not crowd.fusion()["running"]
 
 
@@ -294,6 +299,53 @@ def test_adetailer(crowd: Crowd) -> None:
     many = crowd.case("ADetailer", expert(OTHER), n_iter=2, steps=2)
     assert len(many.infotexts) == 2
     assert all("Fusion U-Net calls" in text for text in many.infotexts)
+
+
+TILES = {"width": 256, "height": 192, "steps": 12}
+WAYS = [expert(OTHER), expert(OTHER, method="Average"), UNIFORM, {"skipping": "Forecast"}, {"skipping": "Paper"}]
+
+
+def tiled(crowd: Crowd, method: str) -> dict[str, list]:
+    """Tiled Diffusion, with tiles of 16 x 16 latent pixels, four in a call."""
+    title = EXTENSIONS["multidiffusion-upscaler-for-automatic1111"]
+    crowd.need({title: []})
+    scripts = crowd.ask("/sdapi/v1/script-info")
+    ours = next(s for s in scripts if s["name"] == title.lower() and not s["is_img2img"])
+    values = {"method": method, "latent tile width": 16, "latent tile height": 16, "latent tile overlap": 8,
+              "latent tile batch size": 4}  # fmt: skip
+    args = [values.get(str(arg["label"]).lower(), arg["value"]) for arg in ours["args"]]
+    return {title: [True, *args[1:]]}
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.get("method", way.get("skipping", "SNB")))
+def test_multidiffusions_tiles_are_refused(crowd: Crowd, way: dict) -> None:
+    """They are cut outside the model's call, so the rows of a step are unknown."""
+    others = tiled(crowd, "MultiDiffusion")
+    off = crowd.draw(others=others, **TILES)
+    with pytest.raises(RefusedError, match=r"Denoiser Fusion .*rows") as refused:
+        crowd.draw(way, others=others, **TILES)
+    assert refused.value.status == 422
+    assert crowd.draw(others=others, **TILES).same_as(off)
+    assert crowd.draw({"freeu": "Custom"}, others=others, **TILES).same_as(off)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.get("method", way.get("skipping", "SNB")))
+def test_mixture_of_diffusers(crowd: Crowd, way: dict) -> None:
+    """It cuts its tiles inside the model's call, once for each model; AFA's lockstep would mix up their prompts."""
+    others = tiled(crowd, "Mixture of Diffusers")
+    off = crowd.draw(others=others, **TILES)
+    crowd.left |= set(crowd.state()["replaced"])
+    if way == UNIFORM:
+        with pytest.raises(RefusedError, match=r"AFA could not act: .* such as tiles"):
+            crowd.draw(way, others=others, **TILES)
+    elif "skipping" in way:
+        skipped = crowd.draw(way, others=others, **TILES)
+        assert distance(skipped, off) < 3
+    else:
+        same = {**way, "experts": [{"checkpoint": COPY}]}
+        assert crowd.draw(same, others=others, **TILES).same_as(off)
+        assert not crowd.draw(way, others=others, **TILES).same_as(off)
+    assert crowd.draw(others=others, **TILES).same_as(off)
 
 
 def test_interrupts_and_errors_under_all(crowd: Crowd) -> None:
