@@ -161,14 +161,13 @@ def test_nothing_chosen_is_told(page: Any, client: Client) -> None:
     prepare(page)
     page.locator(f"{PANEL.format(tab='txt2img')}_enable .label-wrap").first.click()
     text = generate(page)
-    assert "Denoiser Fusion: choose a checkpoint under Expert 1, or switch on FreeU" in text
+    assert "Denoiser Fusion: choose a checkpoint under Expert 1, switch on FreeU" in text
 
 
 def test_presets_and_memory(page: Any, client: Client, host: Host, names: Names) -> None:
     panel = PANEL.format(tab="txt2img")
     enable(page, names.expert)
-    choose(page, f"{panel}_preset", "Held mask")
-    page.locator(f"{panel}_preset_apply").click()
+    choose(page, f"{panel}_preset", "Held mask")  # acts at once
     page.wait_for_function(f"document.querySelector('{panel}_preset_told').innerText.startsWith('Applied')")
     page.locator(f"{panel}_tabs button", has_text="Blend").click()
     assert page.locator(f"{panel}_snb_hold input[type=number]").input_value() == "900"

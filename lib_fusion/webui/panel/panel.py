@@ -309,6 +309,10 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
         told = f"Applied: {html.escape(name)}"
         return [gr.update() if value is None else gr.update(value=value) for value in values] + [told]
 
+    def on_choice(name: str) -> list[Any]:
+        """A name that no preset has yet is one to save under."""
+        return on_apply(name) if name in names_of(store) else [gr.update() for _ in inputs] + [""]
+
     def on_save(name: str, *values: Any) -> list[Any]:
         settings = dict(request.forgive_unused(request.panel_to_dict([True, *values])))
         del settings["enabled"], settings["compare"]
@@ -321,6 +325,7 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
             done = str(error)
         return [gr.update(choices=names_of(store)), html.escape(done)]
 
+    chosen.input(on_choice, inputs=[chosen], outputs=[*inputs, told], **AT_ONCE)
     apply.click(on_apply, inputs=[chosen], outputs=[*inputs, told], **AT_ONCE)
     save.click(on_save, inputs=[chosen, *inputs], outputs=[chosen, told], **AT_ONCE)
     delete.click(lambda name: act(lambda: store.delete(name), f"Deleted: {name}"), inputs=[chosen],
