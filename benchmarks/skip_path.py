@@ -45,7 +45,7 @@ class FixedPath(Forecaster):
         super().__init__()
         self.path, self.linear, self._step = skipped, linear, -1
 
-    def may_skip(self, log_sigma: float) -> bool:
+    def may_skip(self, log_sigma: float, stride: float = 1.0) -> bool:
         self._step += 1
         return self._step in self.path
 

@@ -105,7 +105,8 @@ def level_at(log_sigma: float) -> Level:
 
 
 def test_a_timeline_is_kept_with_the_estimates_and_models() -> None:
-    settings = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], "skipping": "Forecast", "skip_warmup": 3})
+    settings = FusionSettings.from_dict({"experts": [{"checkpoint": "b"}], "skipping": "Forecast", "skip_warmup": 3,
+                                         "skip_max": 1})
     session = FusionSession(settings, keep=Keep.read(["skips"]))
     for step in range(6):
         session.skips.begin_step([torch.zeros(1, 2, 2)] * 2)

@@ -25,10 +25,18 @@ class Taken:
 
 
 class CorrectedSampler:
-    """Takes a scheduler's steps under a session, and keeps as many as a correction may reach back to."""
+    """Takes a scheduler's steps under a session, and keeps as many as a correction may reach back to.
 
-    def __init__(self, scheduler: SchedulerMixin, session: FusionSession) -> None:
+    ``generators``: each picture's, where the sampler adds noise; such steps are not corrected.
+    """
+
+    def __init__(
+        self, scheduler: SchedulerMixin, session: FusionSession, generators: list[torch.Generator] | None = None
+    ) -> None:
         self.scheduler, self.session = scheduler, session
+        self._noise = {"generator": generators} if generators else {}
+        if session.skips is not None and generators:
+            session.skips.adds_noise, session.skips.reach = True, 0
         self._taken: dict[float, Taken] = {}
 
     def take(self, step: Step, t: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
@@ -63,7 +71,7 @@ class CorrectedSampler:
         fused = step.fuse()
         cond, uncond = step.rows.combine(step.output() if fused is None else fused)
         guided = uncond + step.scale * (cond - uncond)
-        return self.scheduler.step(guided, t, latents).prev_sample
+        return self.scheduler.step(guided, t, latents, **self._noise).prev_sample
 
 
 def snapshot(scheduler: SchedulerMixin) -> SchedulerMixin:

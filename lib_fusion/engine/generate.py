@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lib_fusion.engine.corrections import CorrectedSampler
 from lib_fusion.engine.loader import VAE_SCALE, DiffusionModel, add_loras, check_checkpoint, load_model
-from lib_fusion.engine.samplers import is_sigma_scaled, make_scheduler, sigmas_of
+from lib_fusion.engine.samplers import adds_noise, is_sigma_scaled, make_scheduler, sigmas_of
 from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.fusion.aggregator_files import identify_model, load_for
 from lib_fusion.fusion.hooks import attach_freeu
@@ -197,13 +197,14 @@ class Engine:
     ) -> torch.Tensor:  # fmt: skip
         """The final latents (B,4,H/8,W/8), float32, of (prompt, seed) pairs."""
         scheduler = make_scheduler(generation.sampler, generation.steps, self.device)
-        x = self._draw_noise([seed for _, seed in jobs], generation) * scheduler.init_noise_sigma
+        generators = [torch.Generator().manual_seed(seed) for _, seed in jobs]
+        x = self._draw_noise(generators, generation) * scheduler.init_noise_sigma
         sigmas = sigmas_of(scheduler)
         conditionings = self._conditionings([prompt for prompt, _ in jobs], generation, session.settings)
         rows = Rows.plain(len(jobs))
         session.guidance_scale = generation.cfg_scale
-        session.begin(sigmas)
-        sampler = CorrectedSampler(scheduler, session)
+        session.begin(sigmas, sigmas)
+        sampler = CorrectedSampler(scheduler, session, generators if adds_noise(generation.sampler) else None)
         with self._hooked(session):
             for t, sigma in zip(scheduler.timesteps, sigmas[:-1], strict=True):
                 alpha = 1 / (1 + sigma**2)
@@ -220,10 +221,10 @@ class Engine:
         session.check_acted()
         return x
 
-    def _draw_noise(self, seeds: Sequence[int], generation: GenerationSettings) -> torch.Tensor:
-        """Each picture's noise (B,C,H/8,W/8), by its own seed."""
+    def _draw_noise(self, generators: Sequence[torch.Generator], generation: GenerationSettings) -> torch.Tensor:
+        """Each picture's noise (B,C,H/8,W/8), by its own generator."""
         shape = (1, self.models[0].unet.out_channels, generation.height // 8, generation.width // 8)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        noise = [torch.randn(shape, generator=generator) for generator in generators]
         return torch.cat(noise).to(self.device)
 
     @contextmanager

@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+#: Samplers that add noise in their steps.
+NOISY = ("Euler a", "DPM++ 2M SDE")
 
 
 class Scheduler(Protocol):
@@ -38,9 +47,12 @@ def make_scheduler(sampler: str, steps: int, device: str | torch.device = "cpu")
         )
     elif name == "Euler":
         scheduler = EulerDiscreteScheduler(**SCHEDULE, use_karras_sigmas=karras, timestep_spacing="linspace")
-    elif name == "DPM++ 2M":
+    elif name == "Euler a":
+        scheduler = EulerAncestralDiscreteScheduler(**SCHEDULE, timestep_spacing="linspace")
+    elif name in ("DPM++ 2M", "DPM++ 2M SDE"):
+        kind = "sde-dpmsolver++" if name in NOISY else "dpmsolver++"
         scheduler = DPMSolverMultistepScheduler(
-            **SCHEDULE, use_karras_sigmas=karras, timestep_spacing="linspace", algorithm_type="dpmsolver++"
+            **SCHEDULE, use_karras_sigmas=karras, timestep_spacing="linspace", algorithm_type=kind
         )
     else:
         raise ValueError(f"no sampler {sampler!r}")
@@ -62,4 +74,9 @@ def sigmas_of(scheduler: Scheduler) -> list[float]:
 
 def is_sigma_scaled(scheduler: Scheduler) -> bool:
     """Whether a scheduler holds picture + sigma * noise; else its latents are variance-preserving."""
-    return isinstance(scheduler, EulerDiscreteScheduler)
+    return isinstance(scheduler, (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler))
+
+
+def adds_noise(sampler: str) -> bool:
+    """Whether a sampler, by its name, adds new noise in its steps."""
+    return sampler.removesuffix(" Karras") in NOISY

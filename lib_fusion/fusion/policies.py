@@ -13,11 +13,11 @@ import torch
 
 from lib_fusion.fusion.level import Level
 from lib_fusion.fusion.records import SkipRecord
-from lib_fusion.methods.skipping import Forecaster, LastNoise, Policy
+from lib_fusion.methods.skipping import DenoisedForecaster, Forecaster, LastNoise, Policy
 from lib_fusion.requests.settings import FusionSettings
 
 #: The most skips in a row where the settings leave it to the policy.
-POLICY_MAX = {"Forecast": 1, "Paper": 4}
+POLICY_MAX = {"Forecast": 2, "Paper": 4}
 #: Marks of a step in a path.
 COMPUTED, SKIPPED = "#", "."
 
@@ -38,6 +38,7 @@ class Skips:
 
     ``paths`` has for each model a text for each picture, one mark a step: COMPUTED or SKIPPED. ``make``, where given,
     makes the policy of a model and a picture instead of the settings. ``timeline``, where given, records each step.
+    ``adds_noise``: whether the sampler does in its steps; the host sets it before the first one.
 
     In a step, ``begin_step`` comes first and then, for each model that runs, ``needed``, ``forecast`` for the pictures
     that it is not needed for, and ``observe`` for the others. Only ``begin_step`` waits for the device, once.
@@ -47,6 +48,7 @@ class Skips:
     make: Callable[[int, int], Any] | None = None
     paths: dict[int, list[str]] = field(default_factory=dict)
     timeline: list[SkipRecord] | None = None
+    adds_noise: bool = False
 
     def __post_init__(self) -> None:
         self._policies: dict[tuple[int, int], Policy] = {}
@@ -89,7 +91,7 @@ class Skips:
         """
         wanted, pictures = [], range(len(self._latents))
         for picture in pictures:
-            may = self._policy(model, picture).may_skip(level.log_sigma)
+            may = self._policy(model, picture).may_skip(level.log_sigma, level.stride)
             if not may or (level.is_last and self.settings.skipping == "Forecast"):
                 wanted.append(picture)
         if whole and wanted:
@@ -97,7 +99,8 @@ class Skips:
         marks = [COMPUTED if picture in wanted else SKIPPED for picture in pictures]
         self.paths[model] = [a + b for a, b in zip(self.paths.get(model, [""] * len(marks)), marks)]
         if self.timeline is not None:
-            judged = [(mark, self._policy(model, i).estimate(level.log_sigma)) for i, mark in enumerate(marks)]
+            estimates = [self._policy(model, i).estimate(level.log_sigma, level.stride) for i in pictures]
+            judged = list(zip(marks, estimates))
             models = range(1 + len(self.settings.experts)) if self._is_joint else (model,)
             self.timeline[-1].update(dict.fromkeys(models, judged))
         return wanted
@@ -150,7 +153,8 @@ class Skips:
         s = self.settings
         if s.skipping == "Paper":
             return LastNoise(s.skip_threshold, self._most)
-        return Forecaster(s.skip_tolerance, self._most, s.skip_warmup)
+        kind = DenoisedForecaster if self.adds_noise else Forecaster
+        return kind(s.skip_tolerance, self._most, s.skip_warmup)
 
 
 def make_skips(settings: FusionSettings, timeline: list[SkipRecord] | None = None) -> Skips | None:

@@ -61,12 +61,13 @@ class FusionSession:
         self._afa_watch: AfaWatch | None = None
         self._watched: list[tuple[Sequence[int], torch.Tensor]] = []
 
-    def begin(self, levels: Sequence[float]) -> None:
+    def begin(self, levels: Sequence[float], sigmas: Sequence[float] = ()) -> None:
         """Sets the noise levels of the pass (sigmas or timesteps, falling): step i goes from one to the next.
 
-        FreeU's schedule and skipping need them. Raises SettingError where FreeU would stop before it starts.
+        ``sigmas``: the levels as sigmas, by which skipping knows how long the steps are. FreeU's schedule and skipping
+        need the levels. Raises SettingError where FreeU would stop before it starts.
         """
-        self.schedule = Schedule(levels)
+        self.schedule = Schedule(levels, sigmas)
         start, stop, steps = self.settings.freeu_start, self.settings.freeu_stop, self.schedule.steps
         if not self.freeu or steps < 1:  # img2img may have no step to take
             return

@@ -23,6 +23,8 @@ import torch
 
 #: How much of a correction is made: the noises computed meanwhile were computed at the uncorrected latent.
 CORRECTION = 0.8
+#: A forecast of the denoised prediction may be wrong by so many times more: what is added afterwards covers it.
+DENOISED_TOLERANCE = 4.0
 #: Log sigmas that are no further apart are one noise level.
 SAME_LEVEL = 1e-4
 
@@ -83,11 +85,11 @@ class Policy:
         """Takes the value of ``measured``."""
         self.measured = None
 
-    def may_skip(self, log_sigma: float) -> bool:
-        """Whether this step's prediction, at this noise level, may be skipped."""
+    def may_skip(self, log_sigma: float, stride: float = 1.0) -> bool:
+        """Whether this step's prediction, at this noise level, may be skipped; ``stride``: as ``Level`` has it."""
         raise NotImplementedError
 
-    def estimate(self, log_sigma: float) -> float | None:
+    def estimate(self, log_sigma: float, stride: float = 1.0) -> float | None:
         """What the decision compares with its limit, or None where nothing is known."""
         raise NotImplementedError
 
@@ -133,10 +135,10 @@ class LastNoise(Policy):
         super().settle(value)
         self._skips = self._estimator.observe(value)
 
-    def may_skip(self, log_sigma: float) -> bool:
+    def may_skip(self, log_sigma: float, stride: float = 1.0) -> bool:
         return self._skips
 
-    def estimate(self, log_sigma: float) -> float | None:
+    def estimate(self, log_sigma: float, stride: float = 1.0) -> float | None:
         return self._estimator.unsteadiness
 
     def forecast(self, log_sigma: float, latent: torch.Tensor) -> torch.Tensor:
@@ -158,7 +160,7 @@ class Forecaster(Policy):
     for each computed prediction that had a forecast.
     """
 
-    def __init__(self, tolerance: float = 0.15, max_skips: int = 1, warmup: int = 4) -> None:
+    def __init__(self, tolerance: float = 0.05, max_skips: int = 2, warmup: int = 4) -> None:
         super().__init__()
         self.tolerance, self.max_skips, self.warmup = tolerance, max_skips, max(warmup, 3)
         self._nodes: list[tuple[float, torch.Tensor]] = []  # the last three computed: log sigma, noise
@@ -167,24 +169,26 @@ class Forecaster(Policy):
         self._error_spans = 0.0
         self._curvature = float("inf")
 
-    def may_skip(self, log_sigma: float) -> bool:
-        """Whether the prediction at this noise level may be a forecast. The error of a line grows as its spans."""
+    def may_skip(self, log_sigma: float, stride: float = 1.0) -> bool:
         if self.tolerance <= 0 or self._computed < self.warmup or len(self._skipped) >= self.max_skips:
             return False
-        estimate = self.estimate(log_sigma)
+        estimate = self.estimate(log_sigma, stride)
         return estimate is not None and estimate <= self.tolerance
 
-    def estimate(self, log_sigma: float) -> float | None:
-        """The weighted error that a forecast at this noise level is thought to have; None where nothing is known."""
+    def estimate(self, log_sigma: float, stride: float = 1.0) -> float | None:
+        """The weighted error that a forecast is thought to have; None where nothing is known.
+
+        The error of a line grows as its spans, and the picture is wrong by it as far as the step goes with it.
+        """
         if len(self._nodes) < 2 or log_sigma >= self._nodes[-1][0] - SAME_LEVEL or math.isinf(self._curvature):
             return None
-        return self._curvature * self._spans(log_sigma) * _weight(log_sigma)
+        return self._curvature * self._spans(log_sigma) * _weight(log_sigma) * stride
 
     def forecast(self, log_sigma: float, latent: torch.Tensor) -> torch.Tensor:
         """The noise (K,C,H,W) at this level, extrapolated linearly in log sigma from the last two computed."""
-        noise = _interpolate(self._nodes[-2:], log_sigma)
-        self._skipped.append((log_sigma, noise))
-        return noise
+        value = _interpolate(self._nodes[-2:], log_sigma)
+        self._skipped.append((log_sigma, value))
+        return self._to_noise(log_sigma, value, latent)
 
     def observe(
         self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor, latent: torch.Tensor
@@ -199,11 +203,11 @@ class Forecaster(Policy):
         if self._nodes and log_sigma >= self._nodes[-1][0] - SAME_LEVEL:
             self._nodes, self._skipped, self._curvature = [], [], float("inf")
         if len(self._nodes) >= 2:
-            wrong = noise - _interpolate(self._nodes[-2:], log_sigma)
+            wrong = noise - self._to_noise(log_sigma, _interpolate(self._nodes[-2:], log_sigma), latent)
             error, size = (torch.linalg.vector_norm((weights * rows).sum(0)) for rows in (wrong, noise))
             self.measured = error / size.clamp_min(1e-12)
             self._error_spans = self._spans(log_sigma)
-        self._nodes = [*self._nodes[-2:], (log_sigma, noise)]
+        self._nodes = [*self._nodes[-2:], (log_sigma, self._from_noise(log_sigma, noise, latent))]
         self._computed += 1
         skipped, self._skipped = self._skipped, []
         return [(level, CORRECTION * (_interpolate(self._nodes, level) - was)) for level, was in skipped]
@@ -214,9 +218,40 @@ class Forecaster(Policy):
         self.errors.append(value)
         self._curvature = value / self._error_spans if self._error_spans > 0 else float("inf")
 
+    def _from_noise(self, log_sigma: float, noise: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """What is extrapolated: here the noise itself."""
+        return noise
+
+    def _to_noise(self, log_sigma: float, value: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """The noise of what was extrapolated."""
+        return value
+
     def _spans(self, log_sigma: float) -> float:
         (first, _), (second, _) = self._nodes[-2:]
         return abs((log_sigma - first) * (log_sigma - second))
+
+
+class DenoisedForecaster(Forecaster):
+    """For samplers that add noise (ancestral, SDE): extrapolates the denoised prediction, D = x - sigma * noise.
+
+    Their own new noise makes the model's unpredictable. But it is in the latent x already, so (x - D) / sigma with the
+    D extrapolated and the x that is there follows it. Nothing is corrected: steps are not taken again with new noise.
+    """
+
+    def __init__(self, tolerance: float = 0.05, max_skips: int = 2, warmup: int = 4) -> None:
+        super().__init__(tolerance * DENOISED_TOLERANCE, max_skips, warmup)
+
+    def observe(
+        self, log_sigma: float, noise: torch.Tensor, weights: torch.Tensor, latent: torch.Tensor
+    ) -> list[tuple[float, torch.Tensor]]:
+        super().observe(log_sigma, noise, weights, latent)
+        return []
+
+    def _from_noise(self, log_sigma: float, noise: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        return latent - math.exp(log_sigma) * noise
+
+    def _to_noise(self, log_sigma: float, value: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        return (latent - value) / math.exp(log_sigma)
 
 
 def _weight(log_sigma: float) -> float:

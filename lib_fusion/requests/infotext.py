@@ -88,7 +88,7 @@ def write_infotext(settings: FusionSettings, names: Sequence[str]) -> dict[str, 
             value = getattr(settings.experts[field.expert], field.row.key)
         if field.expert is None and not takes_part(field.row.key, settings):
             continue
-        if value != field.row.unsaid or field.row.key == "method":
+        if value != unsaid(field.row, settings.skipping, bool(settings.experts)) or field.row.key == "method":
             entries[field.infotext] = _protect(field.row.show(value))
     return entries
 
@@ -129,12 +129,22 @@ def read_infotext(entries: Mapping[str, Any], field: Field) -> Any:
     if value is None and f"{key}-1" in entries:  # the host takes "512x512" apart wherever it stands
         value = f"{entries[f'{key}-1']}x{entries[f'{key}-2']}"
     if value is None:
-        is_read = field.row.earlier is not None and has_experts(entries)
-        return field.row.earlier if is_read else panel_default(field)
+        if field.expert is not None or field.row.earlier is None:
+            return panel_default(field)
+        return unsaid(field.row, str(entries.get("Fusion skipping", "Off")), has_experts(entries))
     try:
         return field.row.read(value)
     except SettingError:
         return None
+
+
+def unsaid(row: Parameter, skipping: str, has_experts: bool) -> Any:
+    """The value that a row without an entry means: that of the pictures made before its default was another one.
+
+    Which pictures these are: with skipping by forecasts for its rows, with experts for the others.
+    """
+    is_earlier = skipping == "Forecast" if row.key.startswith("skip_") else has_experts
+    return row.unsaid if is_earlier else row.default
 
 
 def has_experts(entries: Mapping[str, Any]) -> bool:

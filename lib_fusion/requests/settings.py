@@ -43,9 +43,9 @@ FREEU_STAGES = {1: 4, 2: 2, 3: 1}
 
 #: Ready-made amounts of skipping by forecasts; the first is the rows' own default.
 SKIP_PRESETS: dict[str, dict[str, Any]] = {
-    "Faithful": {"skip_tolerance": 0.15, "skip_max": 1},
-    "Balanced": {"skip_tolerance": 0.15, "skip_max": 2},
-    "Fast": {"skip_tolerance": 0.2, "skip_max": 2},
+    "Faithful": {"skip_tolerance": 0.05, "skip_max": 2},
+    "Balanced": {"skip_tolerance": 0.1, "skip_max": 3},
+    "Fast": {"skip_tolerance": 0.2, "skip_max": 3},
 }
 
 
@@ -256,17 +256,17 @@ class FusionSettings:
         "is measured as it goes. Paper: AdaptiveDiffusion's rule, the last result is used again.",
         choices=("Off", "Forecast", "Paper"))
     skip_tolerance: float = row(
-        0.15, "skip tolerance",
+        0.05, "skip tolerance",
         "Forecast: how wrong a forecast may be, relative to the guided noise; more skips more, 0 skips nothing.",
-        low=0, high=10, step=0.01)
+        low=0, high=10, step=0.01, earlier=0.15)
     skip_threshold: float = row(
         0.01, "skip threshold",
         "Paper: how unsteady the latent's course may be; more skips more, 0 skips nothing.",
         low=0, high=1, step=0.005)
     skip_max: int = row(
         0, "skips in a row",
-        "The most calls left out in a row; 0: the policy's own, 1 for Forecast and 4 for Paper.",
-        low=0, high=8, step=1)
+        "The most calls left out in a row; 0: the policy's own, 2 for Forecast and 4 for Paper.",
+        low=0, high=8, step=1, earlier=1)
     skip_warmup: int = row(
         4, "skip warm-up", "Forecast: how many steps are computed before any is skipped.", low=3, high=1000)
     skip_correct: bool = row(
@@ -386,7 +386,8 @@ class GenerationSettings:
     steps: int = row(50, "steps", "Denoising steps.", low=1, high=1000, where=CLI)
     sampler: str = row(
         "DDIM", "sampler", "How a step is taken.",
-        choices=("DDIM", "Euler", "Euler Karras", "DPM++ 2M", "DPM++ 2M Karras"), where=CLI)
+        choices=("DDIM", "Euler", "Euler Karras", "DPM++ 2M", "DPM++ 2M Karras",
+                 "Euler a", "DPM++ 2M SDE", "DPM++ 2M SDE Karras"), where=CLI)
     cfg_scale: float = row(
         7.5, "CFG scale", "Classifier-free guidance scale; 1 is none.", low=1, high=100, where=CLI)
     seed: int = row(

@@ -220,7 +220,7 @@ class EverySecond(Policy):
         super().__init__()
         self.value, self.steps, self.seen = forecast, 0, []
 
-    def may_skip(self, log_sigma: float) -> bool:
+    def may_skip(self, log_sigma: float, stride: float = 1.0) -> bool:
         self.steps += 1
         return self.steps == 2
 
@@ -344,7 +344,16 @@ def test_a_level_in_its_three_ways() -> None:
     levels = [schedule.level(value, 500, 0.2) for value in (14.0, 6.0, 4.0, 2.0)]
     assert [level.position for level in levels] == [0, 1, 1.5, 2]
     assert [level.is_last for level in levels] == [False, False, False, True]
+    assert {level.stride for level in levels} == {1.0}
     assert replace(levels[0], position=0.0) == Level(500, 0.2)
+
+
+def test_a_steps_stride_is_its_span_over_the_mean_span() -> None:
+    """In log sigma; a level between two steps goes to the end of its step, and the last step ends without noise."""
+    sigmas = [8.0, 4.0, 2.0, 0.25, 0.0]  # spans of 1, 1 and 3 times log 2
+    schedule = Schedule(sigmas, sigmas)
+    strides = [schedule.level(s, 500, 1 / (1 + s**2)).stride for s in (8.0, 4.0, 2.0, 0.5, 0.25)]
+    assert strides == pytest.approx([0.6, 0.6, 1.8, 0.6, math.inf])
 
 
 def test_the_saliency_of_v_predictions_is_that_of_their_noise() -> None:
@@ -428,7 +437,7 @@ def test_freeu_may_not_stop_before_it_starts() -> None:
 
 @pytest.mark.parametrize(
     ("values", "reach"),
-    [({}, 1), ({"skip_max": 3}, 3), ({"skip_correct": False}, 0), ({"skipping": "Paper"}, 0)],
+    [({}, 2), ({"skip_max": 3}, 3), ({"skip_correct": False}, 0), ({"skipping": "Paper"}, 0)],
 )
 def test_how_far_back_corrections_go(values: dict, reach: int) -> None:
     assert Skips(FusionSettings.from_dict({"skipping": "Forecast", **values})).reach == reach
@@ -537,7 +546,7 @@ def test_decisions_wait_for_the_device_once_a_step(monkeypatch: pytest.MonkeyPat
     for name in ("tolist", "item", "__float__", "__bool__"):
         real = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, real=real: transfers.append(self) or real(self))
-    s = session(skipping="Forecast", skip_tolerance=10)
+    s = session(skipping="Forecast", skip_tolerance=10, skip_max=1)
     cond = {i: torch.randn(3, 4, *SIZE) for i in range(2)}
     models = halves(cond, {i: torch.randn(3, 4, *SIZE) for i in range(2)})
     for i in range(8):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_fusion.methods.skipping import CORRECTION, Forecaster, LastNoise
+from lib_fusion.methods.skipping import CORRECTION, DENOISED_TOLERANCE, DenoisedForecaster, Forecaster, LastNoise
 from tests.helpers import official_skips
 
 GUIDED = torch.tensor([5.0, -4.0]).view(2, 1, 1, 1)
@@ -115,11 +115,12 @@ def test_error_and_decision_are_those_of_the_formulas():
     spans = (next_level - levels[3]) * (next_level - levels[2]) / ((levels[3] - levels[2]) * (levels[3] - levels[1]))
     bound = error * spans * share**0.25
     for tolerance, skips in ((bound * 1.001, True), (bound * 0.999, False)):
-        policy = Forecaster(tolerance)
-        for level, noise in zip(levels, noises, strict=True):
-            see(policy, level, noise)
-        assert policy.errors[-1] == pytest.approx(error)
-        assert policy.may_skip(next_level) is skips
+        for stride in (1.0, 3.0):
+            policy = Forecaster(tolerance * stride)
+            for level, noise in zip(levels, noises, strict=True):
+                see(policy, level, noise)
+            assert policy.errors[-1] == pytest.approx(error)
+            assert policy.may_skip(next_level, stride) is skips
 
 
 def test_the_next_computed_noise_corrects_the_skipped_ones():
@@ -189,3 +190,39 @@ def test_the_papers_policy_skips_four_in_a_row_unless_told():
     line = [torch.full((1, 2, 2), float(i)) for i in range(20)]
     expected = [False] * 3 + [True] * 5 + [False, True, True, True, True] * 2 + [False, True]
     assert decide(LastNoise(), line) == expected
+
+
+def test_where_the_sampler_adds_noise_the_denoised_prediction_is_extrapolated():
+    """Of a denoised prediction that is straight in log sigma the noise is forecast exactly, for any latent."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 2, 4, 3, 3, generator=generator, dtype=torch.float64)
+
+    def noise_at(level: float, latent: torch.Tensor) -> torch.Tensor:
+        return (latent - (a + level * b)) / math.exp(level)
+
+    policy = DenoisedForecaster(tolerance=1e-6)
+    for level in (1.5, 1.2, 0.7, 0.5):
+        latent = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)  # with new noise
+        assert not policy.may_skip(level)
+        assert policy.observe(level, noise_at(level, latent), GUIDED, latent) == []
+        if policy.measured is not None:
+            policy.settle(policy.measured.item())
+    latent = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)
+    assert policy.may_skip(0.4)
+    torch.testing.assert_close(policy.forecast(0.4, latent), noise_at(0.4, latent))
+    assert policy.observe(0.1, noise_at(0.1, latent), GUIDED, latent) == []  # nothing is corrected
+
+
+def test_the_error_of_a_denoised_prediction_is_that_of_its_noise():
+    generator = torch.Generator().manual_seed(1)
+    levels, latent = [1.5, 1.2, 0.7], torch.randn(4, 3, 3, generator=generator)
+    noises = [torch.randn(2, 4, 3, 3, generator=generator) for _ in levels]
+    denoised = [latent - math.exp(level) * noise for level, noise in zip(levels, noises, strict=True)]
+    line = np.polyfit(levels[:2], torch.stack(denoised[:2]).flatten(1).numpy(), 1)
+    forecast = (latent - torch.from_numpy(np.polyval(line, levels[2])).view(2, 4, 3, 3)) / math.exp(levels[2])
+    guided = [5 * n[0] - 4 * n[1] for n in (noises[2], forecast)]
+    policy = DenoisedForecaster()
+    for level, noise in zip(levels, noises, strict=True):
+        policy.observe(level, noise, GUIDED, latent)
+    assert float(policy.measured) == pytest.approx(float((guided[0] - guided[1]).norm() / guided[0].norm()), rel=1e-4)
+    assert policy.tolerance == DENOISED_TOLERANCE * Forecaster().tolerance

@@ -303,3 +303,27 @@ def test_a_prompt_that_the_host_takes_for_a_size_is_put_together_again() -> None
     entries = parse_as_host(infotext.write_infotext(settings, ["1x2"]))
     assert entries["Fusion expert 1 prompt-1"] == "512"
     assert FusionSettings.from_dict(read_back(entries)).experts == settings.experts
+
+
+@pytest.mark.parametrize(
+    ("entries", "tolerance", "most"),
+    [({"Fusion skipping": "Forecast"}, 0.15, 1), ({"Fusion skipping": "Paper"}, 0.05, 0),
+     ({"Fusion skipping": "Forecast", "Fusion skip tolerance": "0.1", "Fusion skips in a row": "3"}, 0.1, 3)],
+)  # fmt: skip
+def test_skipping_in_earlier_infotext_is_read_by_its_former_defaults(
+    entries: dict, tolerance: float, most: int
+) -> None:
+    read = {field.row.key: infotext.read_infotext(entries, field) for field in infotext.list_fields() if field.expert is None}
+    assert (read["skip_tolerance"], read["skip_max"]) == (tolerance, most)
+
+
+@pytest.mark.parametrize("skipping", ["Forecast", "Paper"])
+@pytest.mark.parametrize("most", [0, 1, 2])
+@pytest.mark.parametrize("tolerance", [0.05, 0.15])
+def test_skipping_in_infotext_says_what_its_absence_would_not(skipping: str, most: int, tolerance: float) -> None:
+    settings = FusionSettings(skipping=skipping, skip_max=most, skip_tolerance=tolerance)
+    entries = infotext.write_infotext(settings, [])
+    read = {field.row.key: infotext.read_infotext(entries, field) for field in infotext.list_fields() if field.expert is None}
+    assert read["skip_max"] == most
+    if skipping == "Forecast":
+        assert read["skip_tolerance"] == tolerance

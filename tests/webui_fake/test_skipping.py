@@ -111,3 +111,32 @@ def test_conditioning_is_taken_row_by_row(correcting: Any) -> None:
     assert torch.equal(taken["c_crossattn"][0], states[[1, 3]])
     assert torch.equal(taken["c_concat"][0], image[[1, 3]])
     assert torch.equal(taken["vector"], image[[1, 3]])
+
+
+def sample_ancestral(model: Any, x: Any, sigmas: Any, eta: float = 1.0, noise_sampler: Any = None) -> None: ...
+def sample_fast(model: Any, x: Any, eta: float = 0.0, noise_sampler: Any = None) -> None: ...
+def sample_lcm(model: Any, x: Any, sigmas: Any, noise_sampler: Any = None) -> None: ...
+def sample_churning(model: Any, x: Any, sigmas: Any, s_churn: float = 0.0) -> None: ...
+def ddim(model: Any, x: Any, timesteps: Any, eta: float = 0.0) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "adds"),
+    [(sample_ancestral, {}, True), (sample_ancestral, {"eta": 0.0}, False), (sample_fast, {}, False),
+     (sample_fast, {"eta": 1.0}, True), (sample_lcm, {}, True), (sample_churning, {}, False),
+     (sample_churning, {"s_churn": 2.0}, True), (ddim, {}, False), (ddim, {"eta": 0.3}, True)],
+)  # fmt: skip
+def test_which_samplers_add_noise(correcting: Any, function: Any, arguments: dict, adds: bool) -> None:
+    from lib_fusion.webui.sampling.levels import adds_noise
+
+    assert adds_noise(function, arguments) is adds
+
+
+def test_levels_as_sigmas(correcting: Any) -> None:
+    from modules import sd_samplers_timesteps
+
+    from lib_fusion.webui.sampling.levels import sigmas_of
+
+    by_timesteps = object.__new__(sd_samplers_timesteps.CFGDenoiserTimesteps)
+    assert sigmas_of(TIMESTEPS, by_timesteps, ALPHAS) == pytest.approx(SIGMAS)
+    assert sigmas_of(SIGMAS, object(), ALPHAS) == SIGMAS

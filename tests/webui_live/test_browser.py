@@ -191,7 +191,7 @@ def test_amounts_of_skipping(page: Any, client: Client, names: Names) -> None:
     page.locator(f"{panel}_enable .label-wrap").first.click()
     page.locator(f"{panel}_tabs button", has_text="Skipping").click()
     page.locator(f"{panel}_skip_balanced").click()
-    page.wait_for_function(f"document.querySelector('{panel}_skip_max input[type=number]').value == '2'")
+    page.wait_for_function(f"document.querySelector('{panel}_skip_max input[type=number]').value == '3'")
     assert page.locator(f"{panel}_skipping input:checked").input_value() == "Forecast"
     text = generate(page)
     assert "Fusion skipping: Forecast, Fusion skips in a row: 2" in text

@@ -37,7 +37,7 @@ def psnr(a: Pictures, b: Pictures) -> float:
     return float(10 * np.log10(255**2 / max(*errors, 1e-3)))
 
 
-@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DDIM", "Heun", "UniPC"])
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DDIM", "Heun", "UniPC", "Euler a", "DPM++ 2M SDE"])
 def test_without_tolerance_it_is_off_bit_for_bit(client: Client, sampler: str) -> None:
     off = client.draw(sampler_name=sampler, **STEPS)
     for fusion in (ON | {"skip_tolerance": 0}, {"skipping": "Paper", "skip_threshold": 0}):
@@ -46,7 +46,7 @@ def test_without_tolerance_it_is_off_bit_for_bit(client: Client, sampler: str) -
     assert client.draw(ON | {"skip_warmup": 1000}, sampler_name=sampler, **STEPS).same_as(off)
 
 
-@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DDIM", "UniPC", "LMS"])
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DDIM", "UniPC", "LMS", "Euler a"])
 def test_calls_are_spared_and_counted(client: Client, sampler: str) -> None:
     changes = STEPS | {"sampler_name": sampler, "batch_size": 2}
     off = client.draw(**changes)

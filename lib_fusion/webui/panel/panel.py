@@ -42,8 +42,7 @@ SKIP_WORDS = {
     "Balanced": "Small differences; a little more is spared, above all with many steps",
     "Fast": "Some pictures change a little; the most is spared",
 }
-SKIP_TOLD = ("More steps leave more to skip. With samplers that add noise at each step (ancestral, SDE) forecasts are "
-             "poor, so nearly nothing is skipped. The picture's infotext tells what was.")  # fmt: skip
+SKIP_TOLD = "More steps leave more to skip. The picture's infotext tells what was."
 AFA_TOLD = ("Not in use: the method is another one. Choosing an aggregator here chooses AFA, too, as does the method "
             "in the Blend tab.")  # fmt: skip
 AFA_HINT = ("Parts that come out coarse are mostly spoilt while there is more noise than picture. The preset 'Average "

@@ -8,6 +8,7 @@ when the host has all rows of a step, the fused rows are written over them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from lib_fusion.webui.options import read_option
 from lib_fusion.webui.sampling.contexts import Context
 from lib_fusion.webui.sampling.correcting import CORRECTORS
 from lib_fusion.webui.sampling.host_step import Call, HostStep
-from lib_fusion.webui.sampling.levels import limits_of
+from lib_fusion.webui.sampling.levels import adds_noise, limits_of, sigmas_of
 
 #: Base model -> the experts of a pass with it, and the context of each (None: it gets the base's conditioning).
 Equip = Callable[[nn.Module], "tuple[list[Expert], list[Context | None]]"]
@@ -171,12 +172,14 @@ class FusionPass:
     def begin_skipping(self, function: Any, arguments: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
         """The callback for the host's sampling function, which also corrects its latents where that is exact."""
         callback, name = arguments["callback"], getattr(function, "__name__", "")
-        noisy = arguments.get("s_churn", 0) or (name == "ddim" and arguments.get("eta", 0))
-        denoiser = self.sampler.model_wrap_cfg
+        denoiser, alphas = self.sampler.model_wrap_cfg, self.sd_model.alphas_cumprod
+        levels = self.session.schedule.levels
+        self.session.schedule = replace(self.session.schedule, sigmas=sigmas_of(levels, denoiser, alphas))
+        noisy = self.session.skips.adds_noise = adds_noise(function, arguments)
         if name not in CORRECTORS or noisy or denoiser.mask is not None or not combines_as_ever(denoiser):
             self.session.skips.reach = 0
             return callback
-        corrector = CORRECTORS[name](self.session, self.sd_model.alphas_cumprod)
+        corrector = CORRECTORS[name](self.session, alphas)
 
         def after_model(given: dict[str, Any]) -> None:
             corrector.after_model(given["x"], given["denoised"], self._step and self._step.step)

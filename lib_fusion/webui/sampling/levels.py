@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,24 @@ def limits_of(predictions: Sequence[str], alphas: torch.Tensor, trained: torch.T
         return {}
     limit = float((alphas >= least).sum() - 1)
     return {model: limit for model, prediction in enumerate(predictions) if prediction != "v"}
+
+
+def sigmas_of(levels: Sequence[float], denoiser: Any, alphas: torch.Tensor) -> list[float]:
+    """A denoiser's noise levels as sigmas."""
+    if not has_timesteps(denoiser):
+        return list(levels)
+    return [math.sqrt((1 - alpha) / alpha) for alpha in (alpha_of(denoiser, level, alphas) for level in levels)]
+
+
+def adds_noise(function: Callable[..., Any], arguments: Mapping[str, Any]) -> bool:
+    """Whether the host's sampling function adds noise in its steps, by its own parameters and these arguments of it.
+
+    Those that do have ``eta``, the amount, or at least a ``noise_sampler`` (LCM); others may churn.
+    """
+    parameters = inspect.signature(function).parameters
+    if "eta" in parameters:
+        return arguments.get("eta", parameters["eta"].default) > 0 or bool(arguments.get("s_churn", 0))
+    return "noise_sampler" in parameters or bool(arguments.get("s_churn", 0))
 
 
 def alpha_of(denoiser: Any, value: float, alphas: torch.Tensor) -> float:
