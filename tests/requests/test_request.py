@@ -305,6 +305,12 @@ def test_a_prompt_that_the_host_takes_for_a_size_is_put_together_again() -> None
     assert FusionSettings.from_dict(read_back(entries)).experts == settings.experts
 
 
+def read_own(entries: dict) -> dict:
+    """The fusion's own rows in infotext, by key."""
+    own = [field for field in infotext.list_fields() if field.expert is None]
+    return {field.row.key: infotext.read_infotext(entries, field) for field in own}
+
+
 @pytest.mark.parametrize(
     ("entries", "tolerance", "most"),
     [({"Fusion skipping": "Forecast"}, 0.15, 1), ({"Fusion skipping": "Paper"}, 0.05, 0),
@@ -313,7 +319,7 @@ def test_a_prompt_that_the_host_takes_for_a_size_is_put_together_again() -> None
 def test_skipping_in_earlier_infotext_is_read_by_its_former_defaults(
     entries: dict, tolerance: float, most: int
 ) -> None:
-    read = {field.row.key: infotext.read_infotext(entries, field) for field in infotext.list_fields() if field.expert is None}
+    read = read_own(entries)
     assert (read["skip_tolerance"], read["skip_max"]) == (tolerance, most)
 
 
@@ -323,7 +329,7 @@ def test_skipping_in_earlier_infotext_is_read_by_its_former_defaults(
 def test_skipping_in_infotext_says_what_its_absence_would_not(skipping: str, most: int, tolerance: float) -> None:
     settings = FusionSettings(skipping=skipping, skip_max=most, skip_tolerance=tolerance)
     entries = infotext.write_infotext(settings, [])
-    read = {field.row.key: infotext.read_infotext(entries, field) for field in infotext.list_fields() if field.expert is None}
+    read = read_own(entries)
     assert read["skip_max"] == most
     if skipping == "Forecast":
         assert read["skip_tolerance"] == tolerance
