@@ -12,7 +12,8 @@ from lib_fusion.log import logger
 from lib_fusion.webui.models.aggregators import AggregatorCache
 from lib_fusion.webui.models.conditioning import TextCache
 from lib_fusion.webui.models.experts import ExpertCache
-from lib_fusion.webui.models.placement import waits_in_ram
+from lib_fusion.webui.models.placement import PLACES, chosen_place, waits_in_ram
+from lib_fusion.webui.models.room import shortage
 from lib_fusion.webui.sampling.decoding import RoomForVae
 from lib_fusion.webui.sampling.hooked_pass import FusionPass
 
@@ -69,14 +70,21 @@ class Runtime:
         self.drop_leftovers()
         self.free()
 
-    def describe_memory(self) -> str:
-        """The loaded experts and their size in memory, as HTML."""
+    def describe_memory(self, *checkpoints: str | None) -> str:
+        """The loaded experts and their size in memory, as HTML, and whether those that are chosen are too large."""
         sizes = self.experts.sizes()
-        if not sizes:
-            return "No expert is loaded."
         total = sum(size for _, size in sizes) + self.texts.bytes
         names = ", ".join(html.escape(name) for name, _ in sizes)
-        return f"Loaded: {names} ({_mib(total)} with text encoders)"
+        told = f"Loaded: {names} ({_mib(total)} with text encoders)" if sizes else "No expert is loaded."
+        lacking = shortage(checkpoints, self.experts.on_gpu())
+        if lacking is None:
+            return told
+        if chosen_place() == PLACES[2]:
+            remedy = "the host's <i>FP8 weight</i> or --medvram spares memory"
+        else:
+            remedy = f"Settings > Denoiser Fusion > Where an expert waits: <i>{PLACES[2]}</i> needs less"
+        need, room = (_mib(int(size)) for size in lacking)
+        return f"{told} <b>The chosen experts need {need} of GPU memory, and {room} are free: {remedy}.</b>"
 
     def _guard(self, step: str, params: Any) -> None:
         """Calls the running pass. The host swallows what a callback raises, so the pass raises it where it is heard."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lib_fusion.errors import release
@@ -182,3 +183,27 @@ class _Key(int):
 @pytest.mark.parametrize("experts", [1, 2, 3])
 def test_text_encoders_of_all_experts_are_kept(monkeypatch: pytest.MonkeyPatch, experts: int) -> None:
     assert encoder_loads(monkeypatch, cache=1, experts=experts, prompts=3) == experts
+
+
+def test_a_load_that_cannot_fit_is_announced(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    options = fakes.install(monkeypatch)
+    from lib_fusion.webui.models import room
+    from lib_fusion.webui.runtime import Runtime
+
+    tensors = {"input_blocks.0.0.weight": torch.zeros(100, 10), "out.2.weight": torch.zeros(30, 10)}
+    save_file({f"model.diffusion_model.{key}": value for key, value in tensors.items()}, tmp_path / "a.safetensors")
+    info = SimpleNamespace(filename=str(tmp_path / "a.safetensors"))
+    room.sd_models.checkpoint_aliases["a"] = info
+    monkeypatch.setattr(room.devices, "fp8", False, raising=False)
+    monkeypatch.setattr(room, "free_memory", lambda: 4500.0)
+    assert room.shortage(["a", "none", None], {}) == (5200, 4500)
+    assert room.shortage(["a"], {"other": 700}) is None  # which makes room
+    assert room.shortage(["a"], {info.filename: 5200}) is None
+    assert "need 0.0 MiB of GPU memory, and 0.0 MiB are free" in Runtime().describe_memory("a")
+    assert "free" not in Runtime().describe_memory("none")
+    options.data["denoiser_fusion_place"] = "RAM between U-Net calls"
+    assert room.shortage(["a"], {}) is None  # its largest block has 4000 bytes
+    monkeypatch.setattr(room, "free_memory", lambda: 3999.0)
+    assert room.shortage(["a"], {}) == (4000, 3999)
+    monkeypatch.setattr(room, "free_memory", lambda: float("inf"))
+    assert room.shortage(["a"], {}) is None

@@ -141,6 +141,11 @@ class ExpertCache:
         for expert in self._experts.values():
             settle(expert.unet, device)
 
+    def on_gpu(self) -> dict[str, int]:
+        """The files of the experts that are on the device, and their bytes."""
+        return {expert.info.filename: expert.bytes for expert in list(self._experts.values())
+                if expert.unet is not None and next(expert.unet.parameters()).device.type != "cpu"}  # fmt: skip
+
     def sizes(self) -> list[tuple[str, int]]:
         """(name, bytes) of what is loaded. The page asks for it at any time, so of a list as it is now."""
         sizes = [(expert.info.name_for_extra, expert.bytes) for expert in list(self._experts.values())]

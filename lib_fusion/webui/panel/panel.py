@@ -129,7 +129,8 @@ def build(elem_id: Callable[[str], str]) -> Built:
                 place("passes", "refiner")
         inputs = [control for element in fields for control in controls[element]]
         build_presets(inputs, elem_id)
-        compare = build_foot(elem_id)
+        checkpoints = [controls[f"expert{i + 1}_checkpoint"][0] for i in range(MAX_EXPERTS)]
+        compare = build_foot(checkpoints, elem_id)
 
     pastes = [Paste(), *(Paste(field, part) for field in fields.values() for part in range(field.width))]
     pasted = [infotext_utils.PasteField(control, paste) for control, paste in zip([enabled, *inputs], pastes)]
@@ -332,7 +333,7 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
     refresh.click(lambda: act(lambda: None, ""), outputs=[chosen, told], **AT_ONCE)
 
 
-def build_foot(elem_id: Callable[[str], str]) -> Any:
+def build_foot(checkpoints: list[Any], elem_id: Callable[[str], str]) -> Any:
     """How much the kept experts take, a button that frees it, and one that compares.
 
     Returned is the comparison's switch, which the page sets for one press of *Generate*.
@@ -347,12 +348,14 @@ def build_foot(elem_id: Callable[[str], str]) -> Any:
         free = gr.Button("Free memory", size="sm", elem_id=elem_id("free"),
                          tooltip="Unload the experts; the next generation loads what it needs again.")  # fmt: skip
 
-    def on_free() -> str:
+    def on_free(*chosen: str | None) -> str:
         runtime.free()
-        return runtime.describe_memory()
+        return runtime.describe_memory(*chosen)
 
-    look.click(runtime.describe_memory, outputs=[shown], **AT_ONCE)
-    free.click(call_queue.wrap_queued_call(on_free), outputs=[shown], **AT_ONCE)
+    look.click(runtime.describe_memory, inputs=checkpoints, outputs=[shown], **AT_ONCE)
+    free.click(call_queue.wrap_queued_call(on_free), inputs=checkpoints, outputs=[shown], **AT_ONCE)
+    for checkpoint in checkpoints:  # whether it fits is said when it is chosen
+        checkpoint.change(runtime.describe_memory, inputs=checkpoints, outputs=[shown], **AT_ONCE)
     return compare
 
 
