@@ -5,13 +5,14 @@ Host-free. A ``Blend`` lives as long as its sampling pass and holds the mask tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lib_fusion.fusion.places import SHARP, Places
 from lib_fusion.fusion.records import Keep, MaskRecord, Records
+from lib_fusion.fusion.rows import take
 from lib_fusion.methods import snb
 from lib_fusion.requests.settings import FusionSettings
 
@@ -56,6 +57,7 @@ class Blend:
         self._masks = records.masks if "masks" in keep.kinds else None
         self._held = snb.HeldMask(settings.snb_hold, self._winner)
         self._index: torch.Tensor | None = None
+        self._read: tuple[torch.Tensor, tuple[int, ...], set[int]] | None = None
 
     def models_at(self, timestep: float) -> tuple[int, ...]:
         """The models that must run at this timestep, ascending.
@@ -81,13 +83,13 @@ class Blend:
         return self.settings.method == "AFA" and self.num_models > 1 and self.settings.in_window(timestep)
 
     def fuse(
-        self, timestep: float, outputs: Mapping[int, torch.Tensor], owners: torch.Tensor,
+        self, timestep: float, outputs: Mapping[int, torch.Tensor], owners: Sequence[int],
         halves: Callable[[], Halves] | None, guidance_scale: float,
     ) -> torch.Tensor | None:  # fmt: skip
         """The fused rows (R,C,H,W) of the models' ``outputs`` (R,C,H,W), two models or more.
 
-        ``owners`` (R,): the picture of each row. ``halves`` gives the models' noises, for the saliency; None where the
-        host has left out the unconditional half. The last mask is used then; without one, None is returned.
+        ``owners``: each row's picture. ``halves`` gives the models' noises, for the saliency; None where the host has
+        left out the unconditional half. The last mask is used then; without one, None is returned.
         """
         active = self._active(timestep)
         was_held = self._held.is_held(timestep)
@@ -98,7 +100,7 @@ class Blend:
         if not self._decides(active):
             first = next(iter(outputs.values()))
             nobody = torch.zeros((1, 1, *first.shape[-2:]), dtype=torch.int64, device=first.device)
-            return self._place(timestep, nobody.expand(int(owners.max()) + 1, -1, -1, -1), outputs, owners)
+            return self._place(timestep, nobody.expand(max(owners) + 1, -1, -1, -1), outputs, owners)
         if was_held:
             if timestep > self.settings.snb_from:
                 return self._average(outputs)
@@ -143,11 +145,19 @@ class Blend:
 
     def _drawing(self, active: tuple[int, ...]) -> tuple[int, ...]:
         """The models with a position in the held mask or a place, and the base where one has less than full weight."""
-        models = {int(model) for model in self._valid(self._held.held(), active).unique().tolist()}
-        models |= {model for model in active if self.places.rules(model)}
+        models = self._present(active) | {model for model in active if self.places.rules(model)}
         if any(self._weights[model] < 1 for model in models):
             models.add(BASE)
         return tuple(sorted(models))
+
+    def _present(self, active: tuple[int, ...]) -> set[int]:
+        """The models with a position in the held mask. It is read from the device once."""
+        held = self._held.held()
+        if self._read is None or self._read[0] is not held or self._read[1] != active:
+            index = self._valid(held, active)
+            has_position = torch.stack([(index == model).any() for model in active]).tolist()
+            self._read = (held, active, {model for model, has in zip(active, has_position) if has})
+        return self._read[2]
 
     def _valid(self, index: torch.Tensor, active: tuple[int, ...]) -> torch.Tensor:
         """The mask, with the positions of models that do not take part given to the first that does (the base)."""
@@ -164,7 +174,7 @@ class Blend:
         return snb.average(outputs.values()) if len({*weights.values()}) == 1 else snb.mix(parts, outputs)
 
     def _place(
-        self, timestep: float, index: torch.Tensor, outputs: Mapping[int, torch.Tensor], owners: torch.Tensor
+        self, timestep: float, index: torch.Tensor, outputs: Mapping[int, torch.Tensor], owners: Sequence[int]
     ) -> torch.Tensor:
         """Each position from the model that the mask names, and from those whose place it is."""
         maps = self.places.at(index.shape[-2:], index.device)
@@ -176,7 +186,7 @@ class Blend:
             self._masks.append(MaskRecord(timestep, index.cpu()))
         if not (ruled and self.places.feather >= SHARP) and all(self._weights[model] == 1 for model in outputs):
             self.shares = Shares(index=index)
-            return snb.select(index[owners], outputs)
+            return snb.select(take(index, owners), outputs)
         left = 1 - sum(ruled.values(), torch.zeros(1, device=index.device))
         parts = {
             model: self._weights[model] * (ruled[model] if model in ruled else left * (index == model))
@@ -186,7 +196,7 @@ class Blend:
         if BASE in outputs:
             parts[BASE] = 1 - sum(parts.values(), torch.zeros(1, device=index.device))
         self.shares = Shares(parts=parts)
-        return snb.mix({model: part[owners] for model, part in parts.items()}, outputs)
+        return snb.mix({model: take(part, owners) for model, part in parts.items()}, outputs)
 
     def _log_maps(
         self, active: tuple[int, ...], cond: Mapping[int, torch.Tensor], uncond: Mapping[int, torch.Tensor],
@@ -211,7 +221,8 @@ class Blend:
             return maps
         batch, _, height, width = maps.shape
         full = maps.new_full((batch, self.num_models, height, width), float("-inf"))
-        full[:, competing] = maps
+        for place, model in enumerate(competing):
+            full[:, model] = maps[:, place]
         return full
 
     @property

@@ -89,6 +89,7 @@ class Places:
 
     def __post_init__(self) -> None:
         self._resized: dict[tuple, dict[int, torch.Tensor]] = {}
+        self._cover: dict[tuple[int, ...], bool] = {}
         self._empty = {model for model, values in self.maps.items() if not bool((values > 0.5).any())}
 
     def is_empty(self, model: int) -> bool:
@@ -101,7 +102,12 @@ class Places:
 
     def cover(self, models: Collection[int]) -> bool:
         """Whether the places of these models leave nothing of the picture to others."""
-        ruled = [self.maps[model] for model in models if self.rules(model)]
+        key = tuple(models)
+        if key not in self._cover:
+            self._cover[key] = self._covers([self.maps[model] for model in models if self.rules(model)])
+        return self._cover[key]
+
+    def _covers(self, ruled: Sequence[torch.Tensor]) -> bool:
         if not ruled:
             return False
         size = (min(m.shape[-2] for m in ruled), min(m.shape[-1] for m in ruled))

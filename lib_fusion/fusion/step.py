@@ -13,7 +13,7 @@ import torch
 
 from lib_fusion.fusion.blend import BASE, Halves, Shares
 from lib_fusion.fusion.level import Level
-from lib_fusion.fusion.rows import Rows
+from lib_fusion.fusion.rows import Rows, put, take
 from lib_fusion.fusion.session import FusionSession
 
 #: Runs models on some rows of the step: one model alone, or several in lockstep. Returns their output (R,C,H,W).
@@ -46,7 +46,6 @@ class Step:
         self._needed: dict[int, list[int]] = {}
         self._noises: dict[int, dict[int, torch.Tensor]] = {}
         self._owners = rows.owners
-        self._guidance: list[torch.Tensor] | None = None
         # noise = signal * output + shift * input
         self._signal, self._shift = (level.signal, level.noise) if predicts_v else (1.0, 0.0)
         if latents is not None and self._skips is not None:
@@ -87,7 +86,7 @@ class Step:
             return None
         outputs = {model: self.output(model) for model in self.models}
         first = outputs[self.models[0]]
-        owners = torch.tensor(self._owners, device=first.device)[: len(first)]
+        owners = self._owners[: len(first)]
         halves = self._halves if len(first) == self.rows.num_all and not self.spares_uncond else None
         blend = self.session.blend
         fused = blend.fuse(self.level.timestep, outputs, owners, halves, self.session.guidance_scale)
@@ -104,13 +103,13 @@ class Step:
 
     def guidance(self, device: torch.device) -> list[torch.Tensor]:
         """For each picture the weights (K,1,1,1) by which its rows add up to the guided noise."""
-        if self._guidance is None:
-            self._guidance = self.rows.guidance(self.scale, device)
-        return self._guidance
+        return self.rows.guidance(self.scale, device)
 
     def correct(self, model: int, picture: int, change: torch.Tensor) -> None:
         """Adds ``change`` (K,C,H,W) to a model's output for the rows of a picture (noise predictions only)."""
-        self.output(model)[self.rows.rows_of(picture)] += change
+        output = self.output(model)
+        for row, its_change in zip(self.rows.rows_of(picture), change):
+            output[row] += its_change
 
     def share(self, model: int, picture: int) -> torch.Tensor | float:
         """How much of a picture's fused noise is the model's: a part of one, or a map (1,H,W)."""
@@ -126,7 +125,7 @@ class Step:
         elif computed:
             part = self._predict(models, computed, predict)
             output = torch.zeros((len(x), *part.shape[1:]), dtype=part.dtype, device=part.device)
-            output[[row - rows.start for row in computed]] = part
+            put(output, [row - rows.start for row in computed], part)
         for model in models:
             self.session.count(model, len(computed), len(wanted) - len(computed))
         if self._skips is not None:
@@ -192,7 +191,7 @@ class Step:
         known = torch.cat([*earlier, *([] if output is None else [output])])
         first = rows.start - sum(map(len, earlier))
         copies = [self._owners[row] if row >= self.rows.num_cond else row for row in rows]
-        return known[[row - first for row in copies]]
+        return take(known, [row - first for row in copies])
 
     def _halves(self) -> Halves:
         """Conditional and unconditional noise (B,C,H,W) of each model, up to what is common to both."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lib_fusion.fusion.rows import take
+
 if TYPE_CHECKING:
     from lib_fusion.webui.models.conditioning import Conditioning
 
@@ -54,20 +56,20 @@ class Context:
         if tokens(cond).shape[1] != tokens(uncond).shape[1] and (pad or (first and second)):
             cond, uncond = equalize(cond, uncond, self.conditioning.empty, v0)
         if not second:
-            return take(cond, first)
+            return take_states(cond, first)
         if not first:
-            return take(uncond, second)
-        return join(take(cond, first), take(uncond, second))
+            return take_states(uncond, second)
+        return join(take_states(cond, first), take_states(uncond, second))
 
 
 def tokens(states: Any) -> torch.Tensor:
     return states["crossattn"] if isinstance(states, dict) else states
 
 
-def take(states: Any, rows: list[int]) -> Any:
+def take_states(states: Any, rows: list[int]) -> Any:
     if isinstance(states, dict):
-        return {key: value[rows] for key, value in states.items()}
-    return states[rows]
+        return {key: take(value, rows) for key, value in states.items()}
+    return take(states, rows)
 
 
 def join(first: Any, second: Any) -> Any:
@@ -127,7 +129,7 @@ def keep_marker(cond: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
 def take_rows(cond: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
     """The host's conditioning of one call, for some of its rows."""
     return {
-        key: [part[chosen] for part in value] if isinstance(value, list) else value[chosen]
+        key: [take(part, chosen) for part in value] if isinstance(value, list) else take(value, chosen)
         for key, value in cond.items()
     }
 

@@ -15,7 +15,7 @@ from torch import nn
 from lib_fusion.errors import FusionError
 from lib_fusion.fusion.blend import BASE
 from lib_fusion.fusion.lockstep import Lockstep, mean_context
-from lib_fusion.fusion.rows import Rows
+from lib_fusion.fusion.rows import Rows, take
 from lib_fusion.fusion.step import Step
 from lib_fusion.webui.sampling.contexts import (
     change_prediction,
@@ -46,7 +46,7 @@ class Call:
 
     def take(self, rows: list[int]) -> Call:
         """The call for some of its rows only."""
-        return replace(self, x=self.x[rows], t=self.t[rows], cond=take_rows(self.cond, rows))
+        return replace(self, x=take(self.x, rows), t=take(self.t, rows), cond=take_rows(self.cond, rows))
 
     def by(self, function: Any, cond: dict[str, Any] | None = None) -> torch.Tensor:
         """The result of a function with these arguments, or with another conditioning."""
@@ -111,14 +111,14 @@ class HostStep:
         step, given = self.step, self.fusion.session.guidance_scale
         if step.scale == given or step.spares_uncond or self._cursor != self.rows.num_all:
             return
-        uncond = x[[self.rows.num_cond + owner for owner in self.rows.owners[: self.rows.num_cond]]]
+        uncond = take(x, [self.rows.num_cond + owner for owner in self.rows.owners[: self.rows.num_cond]])
         x[: self.rows.num_cond] = torch.lerp(uncond, x[: self.rows.num_cond], step.scale / given)
 
     def _begin(self, timestep: float) -> Step:
         sd_model, session = self.fusion.sd_model, self.fusion.session
         value = float(self.sigma[0])
         level = session.schedule.level(value, timestep, alpha_of(self.denoiser, value, sd_model.alphas_cumprod))
-        latents = list(self._x[self.rows.first_rows()]) if self._may_skip else None
+        latents = list(take(self._x, self.rows.first_rows())) if self._may_skip else None
         whole = has_other_forward(sd_model.model.diffusion_model)
         scaled = not has_timesteps(self.denoiser)
         is_v = sd_model.parameterization == "v"
