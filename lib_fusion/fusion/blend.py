@@ -183,7 +183,7 @@ class Blend:
         for model, its_map in ruled.items():
             index = torch.where(its_map > 0.5, model, index)
         if self._masks is not None:
-            self._masks.append(MaskRecord(timestep, index.cpu()))
+            self._masks.append(MaskRecord(timestep, index.to(torch.uint8)))
         if not (ruled and self.places.feather >= SHARP) and all(self._weights[model] == 1 for model in outputs):
             self.shares = Shares(index=index)
             return snb.select(take(index, owners), outputs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lib_fusion.errors import SettingError
+from lib_fusion.fusion.rows import take
 from lib_fusion.requests.settings import MAP_PARAMETERS, PREVIEWS, TIMESTEPS, read_rows
 
 #: Of one step, by model: for each picture a mark (``skips.COMPUTED`` or ``SKIPPED``), and what the policy has
@@ -50,7 +51,7 @@ class Keep:
 
 @dataclass
 class MaskRecord:
-    """What SNB decided at one timestep: the winning model per position, int64 (B,1,H,W), 0 the base."""
+    """What SNB decided at one timestep: the winning model per position, uint8 (B,1,H,W), 0 the base."""
 
     timestep: float
     winner: torch.Tensor
@@ -86,7 +87,10 @@ class PictureRecords:
 
 @dataclass
 class Records:
-    """The records of a batch, in the order of sampling; those of a second pass are added to those of the first."""
+    """The records of a batch, in the order of sampling; those of a second pass are added to those of the first.
+
+    Their tensors stay on the device of the pass, so that a step does not wait for them; ``of`` copies.
+    """
 
     masks: list[MaskRecord] = field(default_factory=list)
     skips: list[SkipRecord] = field(default_factory=list)
@@ -102,14 +106,14 @@ class Records:
     def of(self, picture: int) -> PictureRecords:
         """Those of one picture of the batch."""
         result = PictureRecords(points=self.points)
-        result.masks = [(record.timestep, record.winner[picture, 0]) for record in self.masks]
+        result.masks = [(record.timestep, record.winner[picture, 0].to("cpu", torch.int64)) for record in self.masks]
         result.skips = [{model: found[picture] for model, found in record.items()} for record in self.skips]
         for record in self.afa:
             points = [point for of, point in record.weights if of == picture]
             if points:
                 means = [record.weights[picture, point] / record.rows[picture, point] for point in sorted(points)]
-                result.weights.append((record.timestep, torch.stack(means)))
-            maps = {point: value / record.rows[of, point]
+                result.weights.append((record.timestep, torch.stack(means).cpu()))
+            maps = {point: value.cpu() / record.rows[of, point]
                     for (of, point), value in record.maps.items() if of == picture}  # fmt: skip
             if maps:
                 result.maps.append((record.timestep, maps))
@@ -153,8 +157,8 @@ class AfaWatch:
         record = self._records.afa[-1]
         for picture in set(self._owners):
             key = (picture, point)
-            rows = maps[[i for i, owner in enumerate(self._owners) if owner == picture]].float()
-            record.weights[key] = record.weights.get(key, 0) + rows.mean((2, 3)).sum(0).cpu()
+            rows = take(maps, [i for i, owner in enumerate(self._owners) if owner == picture]).float()
+            record.weights[key] = record.weights.get(key, 0) + rows.mean((2, 3)).sum(0)
             record.rows[key] = record.rows.get(key, 0) + len(rows)
             if point in self._shown and picture in self._due:
-                record.maps[key] = record.maps.get(key, 0) + rows.sum(0).cpu()
+                record.maps[key] = record.maps.get(key, 0) + rows.sum(0)

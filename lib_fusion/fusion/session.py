@@ -6,9 +6,11 @@ each denoising step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -18,6 +20,7 @@ from lib_fusion.fusion.level import Level, Schedule
 from lib_fusion.fusion.lockstep import ELSEWHERE, Lockstep, point_names
 from lib_fusion.fusion.places import Places
 from lib_fusion.fusion.policies import Skips, make_skips
+from lib_fusion.fusion.readings import Readings
 from lib_fusion.fusion.records import AfaWatch, Keep, Records
 from lib_fusion.methods import freeu
 from lib_fusion.requests.settings import FREEU_AUTO, FREEU_PUBLISHED, FREEU_STAGES, FusionSettings
@@ -26,6 +29,17 @@ from lib_fusion.requests.settings import FREEU_AUTO, FREEU_PUBLISHED, FREEU_STAG
 AGGREGATOR = -1
 #: The remedy where a model predicts no number.
 NOT_FINITE = "half precision is not enough for it (--no-half helps then), or its file is broken"
+
+
+class Guard:
+    """Remembers the first model whose sum was not finite. Apart from the session, which would else refer to itself."""
+
+    def __init__(self) -> None:
+        self.broken: int | None = None
+
+    def judge(self, models: Sequence[int], totals: Sequence[float]) -> None:
+        if self.broken is None:
+            self.broken = next((model for model, total in zip(models, totals) if not math.isfinite(total)), None)
 
 
 @dataclass
@@ -59,7 +73,8 @@ class FusionSession:
         kinds = self.kinds if len(self.kinds) > 1 else [*self.kinds] * self.num_models
         self.freeu = [acting for kind in kinds if (acting := made[kind]) is not None]
         self._afa_watch: AfaWatch | None = None
-        self._watched: list[tuple[Sequence[int], torch.Tensor]] = []
+        self.readings = Readings()
+        self._guard = Guard()
 
     def begin(self, levels: Sequence[float], sigmas: Sequence[float] = ()) -> None:
         """Sets the noise levels of the pass (sigmas or timesteps, falling): step i goes from one to the next.
@@ -100,16 +115,12 @@ class FusionSession:
     def check_finite(self, base: str = "the base") -> None:
         """Raises FusionError naming the model if any output since the last call is not finite. ``base``: its name.
 
-        It waits for the device, so it is called where the host waits anyway.
+        It waits for the device where that was not done since (``readings.fetch``).
         """
-        watched, self._watched = self._watched, []
-        if not watched:
+        self.readings.fetch()
+        broken, self._guard.broken = self._guard.broken, None
+        if broken is None:
             return
-        finite = torch.cat([totals for _, totals in watched]).isfinite().tolist()
-        models = [model for models, _ in watched for model in models]
-        if all(finite):
-            return
-        broken = models[finite.index(False)]
         names = {AGGREGATOR: f"the aggregator {self.settings.afa_aggregator or self.settings.afa_maps}", BASE: base}
         name = names.get(broken) or f"expert {broken} ({self.settings.experts[broken - 1].checkpoint})"
         problem = "has predicted infinite values or NaN, so the picture was not finished"
@@ -118,9 +129,9 @@ class FusionSession:
     def watch(self, models: Sequence[int], totals: torch.Tensor) -> None:
         """Takes sums (K,) over outputs of these models, or over their features, in the order of computing.
 
-        A sum is finite only if all of its values are. Nothing waits for the device here; ``check_finite`` does.
+        A sum is finite only if all of its values are. They are judged when the host reads from the device next.
         """
-        self._watched.append((models, totals))
+        self.readings.ask(totals, partial(self._guard.judge, models))
 
     def watch_lockstep(self, models: Sequence[int]) -> None:
         """Takes the sums of the lockstep's last call."""

@@ -113,7 +113,7 @@ def test_snb_takes_the_unconditional_of_the_variant(variant):
     index = snb.winner(snb.log_maps(saliencies, [2, 3, 3]))
     assert torch.equal(c, snb.select(index, cond))
     assert torch.equal(u, snb.select(index, uncond))
-    assert torch.equal(s.records.masks[0].winner, index)
+    assert torch.equal(s.records.masks[0].winner.long(), index)
 
 
 def test_experts_equal_to_the_base_change_nothing():
@@ -164,8 +164,8 @@ def test_held_mask_is_the_one_accumulated():
         snb.log_maps([snb.saliency(cond[i], uncond[i], 7) for i in range(2)], [1, 1]) for cond, uncond in steps[:2]
     ]
     expected = snb.winner(logs[0] + logs[1])
-    assert torch.equal(s.records.masks[2].winner, expected)
-    assert torch.equal(s.records.masks[3].winner, expected)
+    assert torch.equal(s.records.masks[2].winner.long(), expected)
+    assert torch.equal(s.records.masks[3].winner.long(), expected)
 
 
 def test_counts():

@@ -20,6 +20,7 @@ from lib_fusion.errors import FusionError
 from lib_fusion.fusion.hooks import Hooks, attach_freeu
 from lib_fusion.fusion.places import Places
 from lib_fusion.fusion.records import Keep
+from lib_fusion.fusion.rows import Rows
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import MAP_PARAMETERS, PLACES, PREVIEWS, FusionSettings
 from lib_fusion.unet.layout import read_layout
@@ -58,12 +59,20 @@ class FusionPass:
         self._failure: Exception | None = None
         self._begun = self._attached = False
         self._step: HostStep | None = None
+        self._rows = Rows([])
         self._previous = self._wrapper = None
         self._hooks: list[Hooks] = []
 
     def _take(self, sd_model: nn.Module) -> None:
         self.experts, self.contexts = self.equip(sd_model)
         self.sd_model, self.checkpoint, self.model = sd_model, sd_model.sd_checkpoint_info, kind_of_model(sd_model)
+        self.alphas: list[float] = sd_model.alphas_cumprod.tolist()
+
+    def rows_of(self, weights: list[list[float]]) -> Rows:
+        """The table of a step whose prompts have AND parts of these weights; the same one while they are the same."""
+        if self._rows.weights != weights:
+            self._rows = Rows(weights)
+        return self._rows
 
     def attach(self) -> None:
         """Wraps the model and puts all hooks on; raises SettingError where they do not fit."""
@@ -146,6 +155,7 @@ class FusionPass:
             if not self.session.settings.refiner:
                 self.refined = True
                 return
+            self.check_finite()
             self.detach()
             self._take(shared.sd_model)
             self.attach()

@@ -15,7 +15,7 @@ from torch import nn
 from lib_fusion.errors import FusionError
 from lib_fusion.fusion.blend import BASE
 from lib_fusion.fusion.lockstep import Lockstep, mean_context
-from lib_fusion.fusion.rows import Rows, take
+from lib_fusion.fusion.rows import take
 from lib_fusion.fusion.step import Step
 from lib_fusion.webui.sampling.contexts import (
     change_prediction,
@@ -62,17 +62,15 @@ class HostStep:
     def __init__(self, fusion: FusionPass, params: Any) -> None:
         self.fusion, self.denoiser, self.sigma, self._x = fusion, params.denoiser, params.sigma, params.x
         extra = fusion.sampler.sampler_extra_args
-        self.rows = Rows(weights_of(extra["cond"]))
+        self.rows = fusion.rows_of(weights_of(extra["cond"]))
         self.step: Step | None = None
         self.is_over = False
         self._cursor = 0
-        is_whole = self.rows.num_all == len(params.x)
-        if fusion.experts and not is_whole:
+        self._is_whole = self.rows.num_all == len(params.x)
+        if fusion.experts and not self._is_whole:
             problem = "another extension has changed how many rows a step has"
             raise FusionError(f"Denoiser Fusion can't tell which prompt a row belongs to: {problem}")
-        self._may_skip = fusion.session.skips is not None and is_whole and not leaves_out_uncond(
-            params.denoiser, params.sigma, extra["s_min_uncond"]
-        )  # fmt: skip
+        self._may_skip = fusion.session.skips is not None and self._is_whole
 
     def run(self, call: Call) -> torch.Tensor:
         """The first model's raw output (R,C,H,W) for the next rows of the step."""
@@ -81,10 +79,8 @@ class HostStep:
             expected = f"expected {self.rows.num_all} rows in a step"
             raise FusionError(f"Denoiser Fusion {expected}, the host has asked for {rows.stop}")
         self._cursor = rows.stop
-        timestep = float(call.t.flatten()[0])  # this waits for all that was computed before
-        self.fusion.check_finite()
         if self.step is None:
-            self.step = self._begin(timestep)
+            self.step = self._begin(call.t)
         return self.step.run(rows, call.x, partial(self._predict, call, rows.start))
 
     def end(self, params: Any) -> None:
@@ -114,11 +110,14 @@ class HostStep:
         uncond = take(x, [self.rows.num_cond + owner for owner in self.rows.owners[: self.rows.num_cond]])
         x[: self.rows.num_cond] = torch.lerp(uncond, x[: self.rows.num_cond], step.scale / given)
 
-    def _begin(self, timestep: float) -> Step:
+    def _begin(self, t: torch.Tensor) -> Step:
         sd_model, session = self.fusion.sd_model, self.fusion.session
-        value = float(self.sigma[0])
-        level = session.schedule.level(value, timestep, alpha_of(self.denoiser, value, sd_model.alphas_cumprod))
-        latents = list(take(self._x, self.rows.first_rows())) if self._may_skip else None
+        value, timestep = session.readings.fetch(self.sigma[:1], t.flatten()[:1])  # the step's one wait for the device
+        self.fusion.check_finite()
+        level = session.schedule.level(value, timestep, alpha_of(self.denoiser, value, self.fusion.alphas))
+        s_min_uncond = self.fusion.sampler.sampler_extra_args["s_min_uncond"] if self._may_skip else 0
+        may_skip = self._may_skip and not leaves_out_uncond(self.denoiser, value, s_min_uncond)
+        latents = list(take(self._x, self.rows.first_rows())) if may_skip else None
         whole = has_other_forward(sd_model.model.diffusion_model)
         scaled = not has_timesteps(self.denoiser)
         is_v = sd_model.parameterization == "v"
@@ -135,7 +134,7 @@ class HostStep:
     def _run_together(self, call: Call, models: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         """AFA: one call of the base, in whose blocks the experts take part."""
         fusion = self.fusion
-        conds = [strip_marker(call.cond), *(self._cond_of(model, call.cond, rows) for model in models[1:])]
+        conds = [self._unmarked(call.cond), *(self._cond_of(model, call.cond, rows) for model in models[1:])]
         empty = fusion.sd_model.cond_stage_model_empty_prompt
         empties = [empty, *(empty if context is None else context.conditioning.empty for context in fusion.contexts)]
         with together(fusion.session.lockstep, conds, empties):
@@ -158,10 +157,14 @@ class HostStep:
         """The host's conditioning of a call with an expert's own text states in it."""
         context = self.fusion.contexts[model - 1]
         if context is None:
-            return strip_marker(cond)
+            return self._unmarked(cond)
         denoiser = self.denoiser
         padded = denoiser.padded_cond_uncond or denoiser.padded_cond_uncond_v0
         return put_context(cond, context.slice(denoiser.step, rows, padded, shared.opts.pad_cond_uncond_v0))
+
+    def _unmarked(self, cond: dict[str, Any]) -> dict[str, Any]:
+        """The host's conditioning without a marker of ControlNet's, which is there only under a forward of its own."""
+        return strip_marker(cond) if has_other_forward(self.fusion.sd_model.model.diffusion_model) else cond
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def limits_of(predictions: Sequence[str], alphas: torch.Tensor, trained: torch.T
     return {model: limit for model, prediction in enumerate(predictions) if prediction != "v"}
 
 
-def sigmas_of(levels: Sequence[float], denoiser: Any, alphas: torch.Tensor) -> list[float]:
+def sigmas_of(levels: Sequence[float], denoiser: Any, alphas: Sequence[float]) -> list[float]:
     """A denoiser's noise levels as sigmas."""
     if not has_timesteps(denoiser):
         return list(levels)
@@ -64,17 +64,17 @@ def adds_noise(function: Callable[..., Any], arguments: Mapping[str, Any]) -> bo
     return "noise_sampler" in parameters or bool(arguments.get("s_churn", 0))
 
 
-def alpha_of(denoiser: Any, value: float, alphas: torch.Tensor) -> float:
+def alpha_of(denoiser: Any, value: float, alphas: Sequence[float]) -> float:
     """The cumulated alpha of a denoiser's noise level: the picture's share of the latents' variance."""
-    return float(alphas[int(value)]) if has_timesteps(denoiser) else 1 / (1 + value**2)
+    return alphas[int(value)] if has_timesteps(denoiser) else 1 / (1 + value**2)
 
 
-def leaves_out_uncond(denoiser: Any, sigma: torch.Tensor, s_min_uncond: float) -> bool:
+def leaves_out_uncond(denoiser: Any, sigma: float, s_min_uncond: float) -> bool:
     """Whether the host leaves out the unconditional half of this step (NGMS, Skip Early CFG), by its own rule."""
     early = shared.opts.skip_early_cond
     if early != 0 and denoiser.step / denoiser.total_steps <= early:
         return True
-    return bool((denoiser.step % 2 or shared.opts.s_min_uncond_all) and s_min_uncond > 0 and sigma[0] < s_min_uncond)
+    return bool((denoiser.step % 2 or shared.opts.s_min_uncond_all) and s_min_uncond > 0 and sigma < s_min_uncond)
 
 
 def output_scale(inner_model: Any, sigma: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
