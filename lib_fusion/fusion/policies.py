@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lib_fusion.fusion.level import Level
+from lib_fusion.fusion.readings import Readings
 from lib_fusion.fusion.records import SkipRecord
 from lib_fusion.methods.skipping import DenoisedForecaster, Forecaster, LastNoise, Policy
 from lib_fusion.requests.settings import FusionSettings
@@ -41,7 +42,8 @@ class Skips:
     ``adds_noise``: whether the sampler does in its steps; the host sets it before the first one.
 
     In a step, ``begin_step`` comes first and then, for each model that runs, ``needed``, ``forecast`` for the pictures
-    that it is not needed for, and ``observe`` for the others. Only ``begin_step`` waits for the device, once.
+    that it is not needed for, and ``observe`` for the others. Only ``begin_step`` reads from the device, unless
+    ``watch`` came before and ``readings`` were fetched since.
     """
 
     settings: FusionSettings
@@ -49,6 +51,7 @@ class Skips:
     paths: dict[int, list[str]] = field(default_factory=dict)
     timeline: list[SkipRecord] | None = None
     adds_noise: bool = False
+    readings: Readings = field(default_factory=Readings)
 
     def __post_init__(self) -> None:
         self._policies: dict[tuple[int, int], Policy] = {}
@@ -58,7 +61,15 @@ class Skips:
         self.reach = self._most if self.settings.skip_correct and self.settings.skipping == "Forecast" else 0
         self._is_joint = self._spares_uncond = False
         self._latents: Sequence[torch.Tensor] = ()
+        self._watched: Sequence[torch.Tensor] | None = None
         self._signal = 1.0
+
+    def watch(self, latents: Sequence[torch.Tensor]) -> None:
+        """Shows the policies the latents that ``begin_step`` is given next, and asks for what they measure."""
+        self._watched = latents
+        for (_, picture), policy in self._policies.items():
+            policy.watch(latents[picture])
+            self._ask(policy)
 
     def begin_step(
         self, latents: Sequence[torch.Tensor], signal: float = 1.0, is_joint: bool = False, spares_uncond: bool = False
@@ -72,10 +83,10 @@ class Skips:
         if (is_joint, spares_uncond) != (self._is_joint, self._spares_uncond):
             self._policies.clear()
             self._is_joint, self._spares_uncond = is_joint, spares_uncond
-        self._latents, self._signal = latents, signal
-        for (_, picture), policy in self._policies.items():
-            policy.watch(latents[picture])
-        self._settle()
+        if self._watched is not latents:
+            self.watch(latents)
+        self._latents, self._signal, self._watched = latents, signal, None
+        self.readings.fetch()
         if self.timeline is not None:
             self.timeline.append({})
 
@@ -110,6 +121,7 @@ class Skips:
         policy = self._policy(model, picture)
         for log_sigma, change in policy.observe(level.log_sigma, noise, weights, self._noisy(picture)):
             self._corrections.append(Correction(model, picture, log_sigma, change))
+        self._ask(policy)
 
     def forecast(self, model: int, picture: int, level: Level) -> torch.Tensor:
         """The noise (K,C,H,W) of a picture that the model is not run for."""
@@ -122,7 +134,7 @@ class Skips:
 
     def record(self) -> dict[str, Any]:
         """By model and picture: predictions computed and skipped, the path, and the relative errors of forecasts."""
-        self._settle()
+        self.readings.fetch()
         return {
             "computed": {model: [path.count(COMPUTED) for path in paths] for model, paths in self.paths.items()},
             "skipped": {model: [path.count(SKIPPED) for path in paths] for model, paths in self.paths.items()},
@@ -135,13 +147,11 @@ class Skips:
         """A picture's latent (C,H,W) as picture + sigma * noise."""
         return self._latents[picture] / self._signal
 
-    def _settle(self) -> None:
-        """Fetches the numbers that decisions wait for, of all models and pictures at once."""
-        waiting = [(policy, policy.measured) for policy in self._policies.values() if policy.measured is not None]
-        if waiting:
-            values = torch.stack([measured for _, measured in waiting]).tolist()
-            for (policy, _), value in zip(waiting, values):
-                policy.settle(value)
+    def _ask(self, policy: Policy) -> None:
+        """Asks for the number that a policy's next decision waits for, if it has a new one."""
+        measured, policy.measured = policy.measured, None
+        if measured is not None:
+            self.readings.ask(measured, lambda values: policy.settle(values[0]))
 
     def _policy(self, model: int, picture: int) -> Policy:
         key = (model, picture)
@@ -157,9 +167,9 @@ class Skips:
         return kind(s.skip_tolerance, self._most, s.skip_warmup)
 
 
-def make_skips(settings: FusionSettings, timeline: list[SkipRecord] | None = None) -> Skips | None:
+def make_skips(settings: FusionSettings, timeline: list[SkipRecord] | None, readings: Readings) -> Skips | None:
     """A pass's policies, or None where nothing can be skipped."""
-    return Skips(settings, timeline=timeline) if settings.may_skip else None
+    return Skips(settings, timeline=timeline, readings=readings) if settings.may_skip else None
 
 
 def join_records(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class FusionSession:
         self.blend = Blend(self.settings, self.places, self.keep, self.records)
         self.num_models = self.blend.num_models
         self.calls, self.rows, self.skipped_rows = ([0] * self.num_models for _ in range(3))
+        self.readings = Readings()
         self.skips = self._make_skips()
         self.lockstep: Lockstep | None = None
         self.schedule = Schedule()
@@ -73,7 +74,6 @@ class FusionSession:
         kinds = self.kinds if len(self.kinds) > 1 else [*self.kinds] * self.num_models
         self.freeu = [acting for kind in kinds if (acting := made[kind]) is not None]
         self._afa_watch: AfaWatch | None = None
-        self.readings = Readings()
         self._guard = Guard()
 
     def begin(self, levels: Sequence[float], sigmas: Sequence[float] = ()) -> None:
@@ -178,7 +178,8 @@ class FusionSession:
             acting.strength = 0.0
 
     def _make_skips(self) -> Skips | None:
-        return make_skips(self.settings, self.records.skips if "skips" in self.keep.kinds else None)
+        timeline = self.records.skips if "skips" in self.keep.kinds else None
+        return make_skips(self.settings, timeline, self.readings)
 
 
 def make_freeu(settings: FusionSettings, kind: str) -> freeu.FreeU | None:

@@ -101,6 +101,23 @@ def test_a_step_waits_for_nothing_and_is_the_cpus(cuda: ModuleType, name: str, d
         assert torch.equal(value.cpu(), wanted)
 
 
+@dtypes
+@pytest.mark.parametrize("pictures", [1, 4])
+@pytest.mark.parametrize("skipping", ["Forecast", "Paper"])
+def test_skipping_waits_once_a_step_whatever_the_batch(
+    cuda: ModuleType, skipping: str, pictures: int, dtype: torch.dtype
+) -> None:
+    """Its decisions of all models and pictures and the check for NaN are read together."""
+    values = {"skipping": skipping, "skip_tolerance": 0.9, "skip_threshold": 0.9, "skip_max": 2}
+    weights, splits = [[1.0]] * pictures, [2 * pictures]
+    results, found = run_pass(values, "cuda", dtype, weights, splits, cuda)
+    assert 0 < found.num_waits <= len(LEVELS) - 3
+    assert found.of("wide", "mixed") == []
+    expected, _ = run_pass(values, "cpu", dtype, weights, splits, cuda)
+    for value, wanted in zip(results, expected):
+        assert torch.equal(value.cpu(), wanted)
+
+
 def test_the_record_of_masks_is_read_at_the_end(cuda: ModuleType) -> None:
     s = session(snb_hold=900)
     rows = Rows.plain(2)

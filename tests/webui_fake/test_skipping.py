@@ -77,7 +77,7 @@ def test_correction_is_the_sampler_with_the_right_noises(correcting: Any, functi
         used[skipped][1] -= (WEIGHTS * changes[skipped]).sum(0)
     skips = SimpleNamespace(reach=2, take_corrections=lambda: found)
     session = SimpleNamespace(skips=skips, schedule=Schedule([float(t) for t in TIMESTEPS]))
-    corrector = correcting.CORRECTORS[function](session, ALPHAS)
+    corrector = correcting.CORRECTORS[function](session, ALPHAS.tolist())
     found: list[Correction] = []
 
     def after(i: int, given: dict) -> None:
@@ -94,7 +94,7 @@ def test_correction_is_the_sampler_with_the_right_noises(correcting: Any, functi
 
 def test_a_step_in_other_hands_ends_the_reach_of_corrections(correcting: Any) -> None:
     skips = SimpleNamespace(reach=1, take_corrections=list)
-    corrector = correcting.EulerCorrector(SimpleNamespace(skips=skips), ALPHAS)
+    corrector = correcting.EulerCorrector(SimpleNamespace(skips=skips), ALPHAS.tolist())
     latent = torch.zeros(1, 4, 2, 2)
     corrector.after_model(latent, latent, step_of(3))
     corrector.after_model(latent, latent, None)

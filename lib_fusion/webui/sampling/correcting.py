@@ -7,6 +7,7 @@ DDIM. All are linear in the noise, so the same steps are taken with the changes 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,10 +35,11 @@ class Taken:
 class EulerCorrector:
     """Takes Euler's last steps once more with the changes of their noises, and adds the difference.
 
-    Between steps it holds what the sampler holds: noise levels and the denoised latents.
+    Between steps it holds what the sampler holds: noise levels and the denoised latents. ``alphas``: the cumulated ones
+    of all timesteps, for samplers whose levels are timesteps.
     """
 
-    def __init__(self, session: FusionSession, alphas: torch.Tensor) -> None:
+    def __init__(self, session: FusionSession, alphas: Sequence[float]) -> None:
         self.session, self.alphas = session, alphas
         self._taken: list[Taken] = []
 
@@ -101,10 +103,10 @@ class DDIMCorrector(EulerCorrector):
     def _put(self, x: torch.Tensor, denoised: torch.Tensor, error: torch.Tensor, sigma: float) -> None:
         levels = self.session.schedule.levels
         now = min(range(len(levels)), key=lambda i: abs(self._sigma_of(levels[i]) - sigma))
-        x += (error * math.sqrt(float(self.alphas[int(levels[now + 1])]))).to(x.dtype)
+        x += (error * math.sqrt(self.alphas[int(levels[now + 1])])).to(x.dtype)
 
     def _sigma_of(self, timestep: float) -> float:
-        alpha = float(self.alphas[int(timestep)])
+        alpha = self.alphas[int(timestep)]
         return math.sqrt((1 - alpha) / alpha)
 
 

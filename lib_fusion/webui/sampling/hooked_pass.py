@@ -66,7 +66,6 @@ class FusionPass:
     def _take(self, sd_model: nn.Module) -> None:
         self.experts, self.contexts = self.equip(sd_model)
         self.sd_model, self.checkpoint, self.model = sd_model, sd_model.sd_checkpoint_info, kind_of_model(sd_model)
-        self.alphas: list[float] = sd_model.alphas_cumprod.tolist()
 
     def rows_of(self, weights: list[list[float]]) -> Rows:
         """The table of a step whose prompts have AND parts of these weights; the same one while they are the same."""
@@ -82,6 +81,7 @@ class FusionPass:
         self._attached = True
         predictions = [self.model.prediction, *(expert.model.prediction for expert in self.experts)]
         alphas = self.sd_model.alphas_cumprod
+        self.alphas: list[float] = alphas.tolist()
         trained = getattr(self.sd_model, "alphas_cumprod_original", alphas)
         self.session.blend.limits = limits_of(predictions, alphas, trained)
         if self.session.settings.method == "AFA" and self.experts:
@@ -182,14 +182,13 @@ class FusionPass:
     def begin_skipping(self, function: Any, arguments: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
         """The callback for the host's sampling function, which also corrects its latents where that is exact."""
         callback, name = arguments["callback"], getattr(function, "__name__", "")
-        denoiser, alphas = self.sampler.model_wrap_cfg, self.sd_model.alphas_cumprod
-        levels = self.session.schedule.levels
-        self.session.schedule = replace(self.session.schedule, sigmas=sigmas_of(levels, denoiser, alphas))
+        denoiser, levels = self.sampler.model_wrap_cfg, self.session.schedule.levels
+        self.session.schedule = replace(self.session.schedule, sigmas=sigmas_of(levels, denoiser, self.alphas))
         noisy = self.session.skips.adds_noise = adds_noise(function, arguments)
         if name not in CORRECTORS or noisy or denoiser.mask is not None or not combines_as_ever(denoiser):
             self.session.skips.reach = 0
             return callback
-        corrector = CORRECTORS[name](self.session, alphas)
+        corrector = CORRECTORS[name](self.session, self.alphas)
 
         def after_model(given: dict[str, Any]) -> None:
             corrector.after_model(given["x"], given["denoised"], self._step and self._step.step)

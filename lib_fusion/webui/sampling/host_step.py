@@ -112,16 +112,21 @@ class HostStep:
 
     def _begin(self, t: torch.Tensor) -> Step:
         sd_model, session = self.fusion.sd_model, self.fusion.session
+        latents = list(take(self._x, self.rows.first_rows())) if self._may_skip else None
+        if latents is not None and not self._leaves_out_uncond(0.0):
+            session.skips.watch(latents)  # else whether the step may skip depends on its noise level
         value, timestep = session.readings.fetch(self.sigma[:1], t.flatten()[:1])  # the step's one wait for the device
         self.fusion.check_finite()
+        if latents is not None and self._leaves_out_uncond(value):
+            latents = None
         level = session.schedule.level(value, timestep, alpha_of(self.denoiser, value, self.fusion.alphas))
-        s_min_uncond = self.fusion.sampler.sampler_extra_args["s_min_uncond"] if self._may_skip else 0
-        may_skip = self._may_skip and not leaves_out_uncond(self.denoiser, value, s_min_uncond)
-        latents = list(take(self._x, self.rows.first_rows())) if may_skip else None
         whole = has_other_forward(sd_model.model.diffusion_model)
         scaled = not has_timesteps(self.denoiser)
         is_v = sd_model.parameterization == "v"
         return Step(session, level, self.rows, latents, sigma_scaled=scaled, whole=whole, predicts_v=is_v)
+
+    def _leaves_out_uncond(self, sigma: float) -> bool:
+        return leaves_out_uncond(self.denoiser, sigma, self.fusion.sampler.sampler_extra_args["s_min_uncond"])
 
     def _predict(self, call: Call, start: int, models: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         """Raw output of one model, or of all in lockstep, for some rows of the step, which are in ``call``."""
