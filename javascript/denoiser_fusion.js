@@ -4,6 +4,9 @@
 // What events of the panel call.
 var denoiserFusion = {};
 
+// The line under the presets, after a control was changed by hand.
+denoiserFusion.noteEdit = line => (line || '').replace(/^Applied: /, 'Changed since it was applied: ');
+
 (function() {
     // The controls on whose choices others depend, by the classes that panel.py gives these.
     const CHOOSERS = ['method', 'afa_maps', 'freeu', 'skipping', 'guidance'];

@@ -66,6 +66,10 @@ class Presets:
         FusionSettings.from_dict(values)
         self._write({**self._read(), name: values})
 
+    def is_own(self, name: str) -> bool:
+        """Whether a person has saved a preset under this name; raises FusionError where the file can't be read."""
+        return (name or "").strip() in self._read()
+
     def delete(self, name: str) -> None:
         """Forgets a preset of a person's own."""
         own = self._read()

@@ -171,14 +171,23 @@ def test_presets_and_memory(page: Any, client: Client, host: Host, names: Names)
     page.wait_for_function(f"document.querySelector('{panel}_preset_told').innerText.startsWith('Applied')")
     page.locator(f"{panel}_tabs button", has_text="Blend").click()
     assert page.locator(f"{panel}_snb_hold input[type=number]").input_value() == "900"
+    set_number(page, f"{panel}_snb_hold", 800)
+    line = f"document.querySelector('{panel}_preset_told').innerText"
+    page.wait_for_function(f"{line} == 'Changed since it was applied: Held mask'")
     box = page.locator(f"{panel}_preset input").first
     box.fill("mine")
     box.press("Enter")
     page.locator(f"{panel}_preset_save").click()
     page.wait_for_function(f"document.querySelector('{panel}_preset_told').innerText == 'Saved: mine'")
     assert "mine" in (host.data / "denoiser-fusion-presets.json").read_text("utf-8")
-    page.locator(f"{panel}_preset_delete").click()
-    page.wait_for_function(f"document.querySelector('{panel}_preset_told').innerText == 'Deleted: mine'")
+    for button, symbol, doing, done in (("save", "💾", "replace", "Saved"), ("delete", "🗑️", "delete", "Deleted")):
+        page.locator(f"{panel}_preset_{button}").focus()
+        page.keyboard.press("Enter")
+        page.wait_for_function(f"{line} == 'Press {symbol} again to {doing} the preset mine.'")
+        assert "mine" in (host.data / "denoiser-fusion-presets.json").read_text("utf-8")
+        page.keyboard.press("Enter")
+        page.wait_for_function(f"{line} == '{done}: mine'")
+    assert "mine" not in (host.data / "denoiser-fusion-presets.json").read_text("utf-8")
     page.locator(f"{panel}_free").click()
     page.wait_for_function(f"document.querySelector('{panel}_memory').innerText == 'No expert is loaded.'")
 

@@ -77,6 +77,8 @@ MOST_STOPS = 1000
 MOST_BUTTONS = 4
 #: For events of ours: Gradio waits for ever for a queued one whose page has gone, and *Reload UI* with it.
 AT_ONCE = {"show_progress": False, "queue": False}
+#: What may lose a preset: its button, the question, and what is said when it is done.
+QUESTIONS = {"save": ("💾", "replace", "Saved"), "delete": ("🗑️", "delete", "Deleted")}
 
 
 @dataclass
@@ -313,24 +315,37 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
         """A name that no preset has yet is one to save under."""
         return on_apply(name) if name in names_of(store) else [gr.update() for _ in inputs] + [""]
 
-    def on_save(name: str, *values: Any) -> list[Any]:
+    def on_save(name: str, asked: str, *values: Any) -> list[Any]:
         settings = dict(request.forgive_unused(request.panel_to_dict([True, *values])))
         del settings["enabled"], settings["compare"]
-        return act(lambda: store.save(name, settings), f"Saved: {name}")
+        return act("save", name, asked, lambda: store.save(name, settings))
 
-    def act(do: Callable[[], None], done: str) -> list[Any]:
+    def on_delete(name: str, asked: str) -> list[Any]:
+        return act("delete", name, asked, lambda: store.delete(name))
+
+    def act(what: str, name: str, asked: str, do: Callable[[], None]) -> list[Any]:
+        """Asks, by a second press, before one's own preset is lost. ``asked``: what the press before has asked."""
+        button, doing, done = QUESTIONS[what]
+        question = f"{what} {name}"
         try:
-            do()
+            if store.is_own(name) and asked != question:
+                told = f"Press {button} again to {doing} the preset {name}."
+            else:
+                do()
+                told, question = f"{done}: {name}", ""
         except FusionError as error:
-            done = str(error)
-        return [gr.update(choices=names_of(store)), html.escape(done)]
+            told, question = str(error), ""
+        return [gr.update(choices=names_of(store)), html.escape(told), question]
 
+    asked = gr.State("")
     chosen.input(on_choice, inputs=[chosen], outputs=[*inputs, told], **AT_ONCE)
     apply.click(on_apply, inputs=[chosen], outputs=[*inputs, told], **AT_ONCE)
-    save.click(on_save, inputs=[chosen, *inputs], outputs=[chosen, told], **AT_ONCE)
-    delete.click(lambda name: act(lambda: store.delete(name), f"Deleted: {name}"), inputs=[chosen],
-                 outputs=[chosen, told], **AT_ONCE)  # fmt: skip
-    refresh.click(lambda: act(lambda: None, ""), outputs=[chosen, told], **AT_ONCE)
+    save.click(on_save, inputs=[chosen, asked, *inputs], outputs=[chosen, told, asked], **AT_ONCE)
+    delete.click(on_delete, inputs=[chosen, asked], outputs=[chosen, told, asked], **AT_ONCE)
+    refresh.click(lambda: [gr.update(choices=names_of(store)), "", ""], outputs=[chosen, told, asked], **AT_ONCE)
+    for control in inputs:
+        if hasattr(control, "input"):
+            control.input(None, inputs=[told], outputs=[told], _js="denoiserFusion.noteEdit", **AT_ONCE)
 
 
 def build_foot(checkpoints: list[Any], elem_id: Callable[[str], str]) -> Any:
