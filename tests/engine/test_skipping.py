@@ -22,7 +22,13 @@ from lib_fusion.fusion.policies import COMPUTED, SKIPPED, Correction
 from lib_fusion.fusion.rows import Rows
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.fusion.step import Step
-from lib_fusion.requests.settings import GENERATION_PARAMETERS, ExpertSettings, FusionSettings, GenerationSettings
+from lib_fusion.requests.settings import (
+    GENERATION_PARAMETERS,
+    SKIP_PRESETS,
+    ExpertSettings,
+    FusionSettings,
+    GenerationSettings,
+)
 from tests.helpers import PLAIN, official_skips
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
@@ -187,10 +193,11 @@ def test_samplers_that_add_noise_skip_and_keep_the_picture(engine, sampler):
     """Each picture has its own noise, so that it depends on nobody; forecast by its noise it would be another one."""
     generation = replace(GENERATION, sampler=sampler, steps=30, cfg_scale=7)
     full, _ = draw(engine, FusionSettings(), generation)
-    near, session = draw(engine, ON, generation)
+    balanced = replace(ON, **SKIP_PRESETS["Balanced"])
+    near, session = draw(engine, balanced, generation)
     assert session.rows[0] < 0.85 * 2 * len(PROMPTS) * 30
     assert (near - full).norm() < 0.05 * full.norm()
-    alone, single = draw(engine, ON, generation, only=1)
+    alone, single = draw(engine, balanced, generation, only=1)
     assert single.skips.paths[0][0] == session.skips.paths[0][1]
     torch.testing.assert_close(alone[0], near[1], rtol=1e-3, atol=5e-3)
 

@@ -203,7 +203,7 @@ def test_amounts_of_skipping(page: Any, client: Client, names: Names) -> None:
     page.wait_for_function(f"document.querySelector('{panel}_skip_max input[type=number]').value == '3'")
     assert page.locator(f"{panel}_skipping input:checked").input_value() == "Forecast"
     text = generate(page)
-    assert "Fusion skipping: Forecast, Fusion skips in a row: 2" in text
+    assert "Fusion skipping: Forecast, Fusion skip tolerance: 0.1, Fusion skips in a row: 3" in text
     assert "Fusion U-Net rows: base" in text
     wait_for_text(page, f"{panel}_enable .denoiser-fusion-badge", "Skipping: Forecast")
 
