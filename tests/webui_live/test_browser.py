@@ -173,7 +173,7 @@ def test_presets_and_memory(page: Any, client: Client, host: Host, names: Names)
     assert page.locator(f"{panel}_snb_hold input[type=number]").input_value() == "900"
     set_number(page, f"{panel}_snb_hold", 800)
     line = f"document.querySelector('{panel}_preset_told').innerText"
-    page.wait_for_function(f"{line} == 'Changed since it was applied: Held mask'")
+    page.wait_for_function(f"{line} == 'Changed since it was applied: Held mask, used at once'")
     box = page.locator(f"{panel}_preset input").first
     box.fill("mine")
     box.press("Enter")
