@@ -440,6 +440,8 @@ def paint(page: Any, panel: str, left: float = 0.7, width: float = 0.2, strokes:
     """A zigzag down the right side of the first expert's canvas, by mouse; the more strokes the fuller."""
     canvas = page.locator(f"{panel}_expert1_canvas canvas").first
     canvas.wait_for(state="visible")
+    # An empty canvas is 300 wide; the picture's size comes when it has been loaded.
+    page.wait_for_function(f"document.querySelector('{panel}_expert1_canvas canvas').width != 300")
     page.locator(f"{panel}_expert1_canvas").scroll_into_view_if_needed()
     page.wait_for_timeout(SECONDS)
     box = canvas.bounding_box()
