@@ -149,14 +149,14 @@ def fusion_axes(client: Client) -> list[list[str]]:
 
 
 def press(client: Client, label: str) -> None:
-    """Presses a button that takes no inputs, as the browser does."""
+    """Presses a button, as the browser does, with empty inputs."""
     config = client.ask("/config")
     ids = {c["id"] for c in config["components"] if c["type"] == "button" and c["props"].get("value") == label}
-    number = next(
-        i for i, d in enumerate(config["dependencies"])
-        if not d["inputs"] and any(t in ids for t in (x[0] if isinstance(x, list) else x for x in d["targets"]))
+    number, inputs = next(
+        (i, d["inputs"]) for i, d in enumerate(config["dependencies"])
+        if any(t in ids for t in (x[0] if isinstance(x, list) else x for x in d["targets"]))
     )  # fmt: skip
-    client.ask("/run/predict", {"fn_index": number, "data": [], "session_hash": "test"})
+    client.ask("/run/predict", {"fn_index": number, "data": [None] * len(inputs), "session_hash": "test"})
 
 
 def reload_ui(client: Client, host: Host) -> None:
