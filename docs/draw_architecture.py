@@ -24,7 +24,7 @@ PACKAGE = "lib_fusion"
 HOST = ("modules", "modules_forge", "gradio")
 HOST_ROOMS = ("webui", "scripts")
 #: Rooms that every other may import; their arrows are counted, but not drawn.
-GROUND = ("errors", "log")
+GROUND = ("errors", "log", "files")
 #: What the picture says of a room, and where it stands, in widths of a room; any other is put to the right.
 JOBS = {
     "methods": ("the formulas, on tensors", 0.55),
@@ -35,7 +35,9 @@ JOBS = {
     "previews": ("draws what was recorded", 1.7),
     "engine": ("host 1: diffusers", 1.1),
     "cli": ("python -m lib_fusion", 1.1),
-    "webui.refusal": ("ends a request", 4.3),
+    "webui.refusal": ("ends a request", 5.0),
+    "webui.options": ("the settings page's values", 3.65),
+    "webui.other_hosts": ("a sentence in other WebUIs", 6.3),
     "webui.models": ("loads experts, aggregators", 3.0),
     "webui.sampling": ("host 2: a pass of the WebUI", 4.3),
     "webui.runtime": ("what outlives a request", 3.65),
