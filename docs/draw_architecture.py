@@ -214,7 +214,7 @@ def draw(sources: list[Source], path: Path) -> None:
     for room in rooms:
         also = [f"{b.removeprefix('webui.')}\N{NO-BREAK SPACE}{arrows[a, b]}" for a, b in sorted(implied) if a == room]
         draw_room(axes, room, places[room], [source for source in sources if source.room == room], also)
-    ground = " and ".join(room for room in GROUND if room in rooms_of(sources))
+    ground = ", ".join(room for room in GROUND if room in rooms_of(sources))
     add_box(axes, (-0.55, -0.78, right - 0.05, -0.52), GROUND_COLOUR, INK)
     told = f"{ground}: imported from everywhere ({all_arrows.total() - arrows.total()} imports, not drawn)"
     style = {"va": "center", "color": INK}
