@@ -271,7 +271,7 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
     (W + "script:compare.keep_request", 1, {"compare": True}, {}),
     # a pass: made, attached, given the levels, taken off
     *[(S + f"launch:{name}", 1, TWO, {}) for name in (
-        "launch", "prepare", "find_checkpoint", "check_base", "announced_levels")],
+        "launch", "prepare", "find_expert", "check_base", "announced_levels")],
     *[(S + f"hooked_pass:{name}", 1, TWO, {}) for name in (
         "FusionPass.__init__", "FusionPass.attach", "FusionPass.detach", "FusionPass.finish", "set_tiling")],
     (S + "launch:levels_of", 1, FREEU, {}),
