@@ -283,7 +283,7 @@ def test_a_mask_that_is_kept_stays_one_file(client: Client, host: Host, names: N
 def test_requests_of_the_documentation(client: Client, names: Names) -> None:
     """Every request that docs/webui.md shows makes a picture, with a real mask in the place of its dots."""
     text = (REPOSITORY / "docs/webui.md").read_text("utf-8")
-    blocks = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    blocks = [b for b in re.findall(r"```json\n(.*?)```", text, re.DOTALL) if "<lora:" not in b]  # test_loras.py
     assert len(blocks) >= 4
     for block in blocks:
         for told, name in (("animals", names.expert), ("vehicles", names.other)):
