@@ -125,4 +125,5 @@ def test_infotext_of_a_plain_picture_switches_off(client: Client) -> None:
 def test_defaults_are_not_written(client: Client, names: Names) -> None:
     params = client.draw(expert(names.expert)).params
     mine = {key for key in params if key.startswith("Fusion")}
-    assert mine == {"Fusion expert 1 checkpoint", "Fusion method", "Fusion U-Net calls", "Fusion seconds"}
+    assert mine == {"Fusion expert 1 checkpoint", "Fusion expert 1 hash", "Fusion method",
+                    "Fusion U-Net calls", "Fusion seconds"}
