@@ -49,6 +49,7 @@ def requests(names: Names) -> list[tuple[dict | None, dict]]:
 def test_soak(client: Client, names: Names) -> None:
     wanted = requests(names)
     first: dict[int, Pictures] = {}
+    client.draw(width=64, height=64, steps=1)  # the WebUI loads its first checkpoint after its start
     before, fields = client.state(), ("ours", "threads")
     resources = [client.ask("/probe/resources")]
     drawn = failed = stopped = 0
