@@ -97,7 +97,7 @@ class HostStep:
     def _write(self, params: Any, fused: torch.Tensor) -> None:
         x, rows = params.x, len(fused)
         scale = output_scale(params.inner_model, self.sigma, self.fusion.sd_model.alphas_cumprod)[:rows]
-        x[:rows] += ((fused.float() - self.step.output().float()) * scale).to(x.dtype)
+        x[:rows] = x[:rows] + ((fused.float() - self.step.output().float()) * scale).to(x.dtype)
         if rows != self.rows.num_all:  # the host has put copies of each picture's first row where the others would be
             for i, row in enumerate(self.rows.first_rows()):
                 x[self.rows.num_cond + i] = x[row]
