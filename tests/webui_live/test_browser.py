@@ -192,6 +192,65 @@ def test_presets_and_memory(page: Any, client: Client, host: Host, names: Names)
     page.wait_for_function(f"document.querySelector('{panel}_memory').innerText == 'No expert is loaded.'")
 
 
+def test_what_is_typed_is_shown_as_text(page: Any, client: Client, host: Host) -> None:
+    """A preset's name goes into the line under the list, whatever characters it has."""
+    panel, name = PANEL.format(tab="txt2img"), "<b id=typed>mine</b> & <img src=x onerror=alert(1)>"
+    page.locator(f"{panel}_enable .label-wrap").first.click()
+    box = page.locator(f"{panel}_preset input").first
+    box.fill(name)
+    box.press("Enter")
+    question = f"Press 🗑️ again to delete the preset {name}."
+    for button, told in (
+        ("apply", "preset: '<b id=typed>mine</b>"), ("save", f"Saved: {name}"), ("apply", f"Applied: {name}"),
+        ("delete", question), ("delete", f"Deleted: {name}"),
+    ):  # fmt: skip
+        page.locator(f"{panel}_preset_{button}").click()
+        wait_for_text(page, f"{panel}_preset_told", told)
+    assert page.locator("#typed").count() == 0
+
+
+def test_no_hint_of_the_hosts_covers_ours(page: Any, client: Client) -> None:
+    """The host hints at what has a word of its own, such as None, Seed or Learning rate, wherever it stands."""
+    page.locator("button", has_text="Fusion training").first.click()
+    page.locator(f"{PANEL.format(tab='txt2img')}_enable .label-wrap").first.dispatch_event("click")
+    page.wait_for_timeout(3 * SECONDS)
+    foreign = """() => {
+        const hints = new Set(Object.values(titles));
+        const ours = [...document.querySelectorAll('[id*="denoiser_fusion"] *:not(button)')];
+        return ours.filter(e => hints.has(e.title)).map(e => [e.innerText || e.value, e.title]);
+    }"""
+    assert page.evaluate(foreign) == []
+    known = """() => [...document.querySelectorAll('[id*="denoiser_fusion"] :is(span, input)')].filter(
+        e => (e.innerText || e.value) in titles && e.title).length"""
+    assert page.evaluate(known) > 0  # or the test looks at nothing
+
+
+def test_a_checkpoint_called_none(page: Any, client: Client, host: Host, names: Names) -> None:
+    """It is an expert as any other: chosen from the list, written into the infotext, and pasted."""
+    panel, file = PANEL.format(tab="txt2img"), host.data / "models/Stable-diffusion/None.safetensors"
+    weights = host.data / "models/Stable-diffusion" / f"{names.expert}.safetensors"
+    shutil.copy(weights, file)
+    shutil.copy(weights.with_suffix(".yaml"), file.with_suffix(".yaml"))
+    try:
+        client.draw(model=names.base)
+        page.locator(f"{panel}_enable .label-wrap").first.click()
+        page.locator(f"{panel}_expert1_refresh").click()
+        page.wait_for_timeout(SECONDS)
+        prepare(page)
+        choose(page, f"{panel}_expert1_checkpoint", "None.safetensors")
+        wait_for_text(page, f"{panel}_enable .denoiser-fusion-badge", "SNB: None")
+        text = generate(page)
+        assert "Fusion expert 1 checkpoint: None.safetensors" in text
+        page.reload()
+        page.locator("#txt2img_prompt textarea").fill(text)
+        page.locator("#paste").first.click()
+        checkpoint = page.locator(f"{panel}_expert1_checkpoint input").first
+        page.wait_for_function("e => e.value === 'None.safetensors'", arg=checkpoint.element_handle())
+    finally:
+        file.unlink()
+        file.with_suffix(".yaml").unlink()
+
+
 def test_amounts_of_skipping(page: Any, client: Client, names: Names) -> None:
     """Without any expert: one press, and the next picture is made with it."""
     client.draw(model=names.base)
