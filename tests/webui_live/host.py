@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -29,6 +30,15 @@ class NoHostError(Exception):
     """There is no usable WebUI; the message says what is missing."""
 
 
+@dataclass(frozen=True)
+class Installation:
+    """A WebUI on this machine: its folder, its Python, and the flags with which it runs on the CPU."""
+
+    folder: Path
+    python: Path
+    flags: tuple[str, ...] = FLAGS
+
+
 def find_host() -> tuple[Path, Path]:
     """(the WebUI's folder, its Python); raises NoHostError with a sentence on what is missing."""
     folder = Path(os.environ.get("WEBUI_DIR") or Path.home() / "stable-diffusion-webui")
@@ -38,14 +48,18 @@ def find_host() -> tuple[Path, Path]:
     found = re.search(r"^## (\S+)", changelog.read_text("utf-8"), re.MULTILINE) if changelog.is_file() else None
     if found is None or found[1] != VERSION:
         raise NoHostError(f"the WebUI in {folder} is {found[1] if found else 'of an unknown version'}, not {VERSION}")
-    named = os.environ.get("WEBUI_PYTHON")
+    return folder, find_python("WEBUI_PYTHON", Path.home() / "webui-venv", folder / "venv")
+
+
+def find_python(variable: str, *venvs: Path) -> Path:
+    """The Python that an environment variable names, or else that of the first of ``venvs``; raises NoHostError."""
+    named = os.environ.get(variable)
     own = ("bin/python", "Scripts/python.exe")
-    venvs = (Path.home() / "webui-venv", folder / "venv")
     choices = [Path(named)] if named else [venv / python for venv in venvs for python in own]
     python = next((path for path in choices if path.is_file()), None)
     if python is None:
-        raise NoHostError(f"no Python for the WebUI: {' or '.join(map(str, choices))}; set WEBUI_PYTHON to it")
-    return folder, python
+        raise NoHostError(f"no Python for the WebUI: {' or '.join(map(str, choices))}; set {variable} to it")
+    return python
 
 
 def environment() -> dict[str, str]:
@@ -118,23 +132,29 @@ class HostDiedError(Exception):
 
 
 class Host:
-    """A running WebUI. ``url`` is where it listens; ``log`` its output since it was last started."""
+    """A running WebUI. ``url`` is where it listens; ``log`` its output since it was last started.
 
-    def __init__(self, data: Path, checkpoint: str, port: int | None = None, extra: tuple[str, ...] = (),
-                 python: Path | None = None) -> None:  # fmt: skip
-        self._folder, own_python = find_host()
+    ``checkpoint``: that to begin with, where no setting of the data directory says so.
+    """
+
+    def __init__(self, data: Path, checkpoint: str | None, port: int | None = None, extra: tuple[str, ...] = (),
+                 python: Path | None = None, installation: Installation | None = None) -> None:  # fmt: skip
+        found = installation or Installation(*find_host())
+        self._folder = found.folder
         self.data, self.port = data, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         file = data / "models/Stable-diffusion" / f"{checkpoint}.safetensors"
-        self._command = [str(python or own_python), "launch.py", *FLAGS, "--port", str(self.port), "--data-dir",
-                         str(data), "--ckpt", str(file), *extra]  # fmt: skip
+        first = ("--ckpt", str(file)) if checkpoint else ()
+        self._command = [str(python or found.python), "launch.py", *found.flags, "--port", str(self.port),
+                         "--data-dir", str(data), *first, *extra]  # fmt: skip
         self.start()
 
     def start(self) -> None:
         """Starts it and waits until it has started."""
         self._log = (self.data / "host.log").open("w", encoding="utf-8")
         self.process = subprocess.Popen(self._command, cwd=self._folder, env=environment(), stdout=self._log,
-                                        stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+                                        stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+                                        start_new_session=True)  # fmt: skip
         self.starts = 0
         try:
             self.wait()

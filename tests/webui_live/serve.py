@@ -1,6 +1,7 @@
 """Starts the WebUI of the live tests for a person: ``python -m tests.webui_live.serve [--port 7860] [--data DIR]``.
 
-The data directory is kept, so that settings and pictures stay; Ctrl+C stops the WebUI.
+``--fork neo`` (or forge, ersatzforge) starts that fork. The data directory is kept, so that settings and pictures stay;
+Ctrl+C stops the WebUI.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
+from tests.webui_forge import forks
 from tests.webui_live.host import REPOSITORY, Host, NoHostError, find_host, make_checkpoints, prepare_data
 
 #: What the demo's models draw well, as the page's first values.
@@ -30,25 +32,41 @@ def prepare_demo(data: Path) -> None:
         config.write_text(json.dumps(FIRST, indent=1), "utf-8")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--data", type=Path, default=Path("outputs/webui-data"), help="its data directory")
-    parser.add_argument("--ckpt", help="checkpoint to begin with (default: the demo's animals)")
-    args, extra = parser.parse_known_args()
-    data = args.data.resolve()
-    try:
-        folder, python = find_host()
-    except NoHostError as error:
-        print(error, file=sys.stderr)
-        return 2
+def start_fork(name: str, data: Path, port: int, extra: tuple[str, ...]) -> Host:
+    installation = next(fork for fork in forks.FORKS if fork.name == name).find()
+    forks.prepare_data(data, installation)
+    prepare_demo(data)
+    print("Starting the WebUI ...", flush=True)
+    return Host(data, None, port, extra, installation=installation)
+
+
+def start_a1111(data: Path, checkpoint: str | None, port: int, extra: tuple[str, ...]) -> Host:
+    folder, python = find_host()
     names = prepare_data(data)
     if names:
         prepare_demo(data)
     else:
         make_checkpoints(data, python, folder)
     print("Starting the WebUI ...", flush=True)
-    host = Host(data, args.ckpt or ("animals" if "animals" in names else "tiny_a"), args.port, tuple(extra))
+    return Host(data, checkpoint or ("animals" if "animals" in names else "tiny_a"), port, extra)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--data", type=Path, default=Path("outputs/webui-data"), help="its data directory")
+    parser.add_argument("--ckpt", help="checkpoint to begin with (default: the demo's animals)")
+    parser.add_argument("--fork", choices=[fork.name for fork in forks.FORKS], help="a fork instead of AUTOMATIC1111's")
+    args, extra = parser.parse_known_args()
+    data = args.data.resolve()
+    try:
+        if args.fork:
+            host = start_fork(args.fork, data, args.port, tuple(extra))
+        else:
+            host = start_a1111(data, args.ckpt, args.port, tuple(extra))
+    except NoHostError as error:
+        print(error, file=sys.stderr)
+        return 2
     print(f"The WebUI is at {host.url}; its log is {data / 'host.log'}. Ctrl+C stops it.", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the WebUI is stopped then, too
     try:

@@ -15,7 +15,7 @@ from tests.webui_live.needs import the_host
 
 @pytest.fixture
 def fork(tmp_path: Path) -> Iterator[Host]:
-    """The WebUI with the package that all forks of the Forge family have."""
+    """The WebUI with the package that all forks of the Forge family have, and no backend that we know."""
     folder, python = the_host()
     prepare_data(tmp_path)
     make_checkpoints(tmp_path, python, folder, "extensions")
@@ -38,10 +38,10 @@ def test_a_fork_shows_a_sentence_and_refuses_requests(fork: Host) -> None:
     ] * 2  # txt2img, img2img
     texts = [p["value"] for p in shown if "Denoiser Fusion" in str(p.get("value"))]
     assert len(texts) == 2
-    assert all("This WebUI is Forge or one of its forks" in text for text in texts)
+    assert all("This WebUI is another fork" in text for text in texts)
     with pytest.raises(RefusedError) as refused:
         client.draw({"freeu": "Auto"})
     assert refused.value.status == 422
     assert len(client.draw(steps=1).pixels) == 1
-    assert fork.log.count("This WebUI is Forge or one of its forks") == 1
+    assert fork.log.count("This WebUI is another fork") == 1
     assert "denoiser_fusion.py" not in fork.log  # no traceback

@@ -1,0 +1,70 @@
+"""Tiny checkpoints of the kinds that the demo has not: SDXL, SDXL that predicts v, and SD1 for inpainting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib_fusion.unet.checkpoint import UNET_PREFIX
+from tests.helpers import SMALL, Weights, random_weights
+
+#: The width of the demo's texts, and of each encoder of the tiny SDXL.
+WIDTH = 64
+SDXL = SMALL["sdxl"] | {"transformer_depth": (0, 1, 1), "context_dim": 2 * WIDTH, "adm_in_channels": WIDTH + 6 * 256}
+FIRST, SECOND = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+TEXT = "cond_stage_model.transformer."
+
+
+def write(demo: Path, models: Path) -> None:
+    """tiny_xl, tiny_xl_b (other weights), tiny_xl_v, tiny_inpaint and general_copy, from the demo's ``general``.
+
+    Those of SDXL have its VAE, and its text encoder in place of both of theirs.
+    """
+    general = load_file(demo / "general.safetensors")
+    vae = {key: value for key, value in general.items() if key.startswith("first_stage_model.")}
+    text = {key.removeprefix(TEXT): value for key, value in general.items() if key.startswith(TEXT)}
+    encoders = {FIRST + key: value for key, value in text.items()} | open_clip(text)
+    for name, seed in (("tiny_xl", 1), ("tiny_xl_b", 2), ("tiny_xl_v", 3)):
+        told = {"v_pred": torch.zeros(0)} if name.endswith("v") else {}
+        unet = {key: value.half() for key, value in random_weights(SDXL, seed, UNET_PREFIX).items()}
+        save_file({**unet, **vae, **encoders, **told}, models / f"{name}.safetensors")
+    save_file(general | inpainting(general), models / "tiny_inpaint.safetensors")
+    save_file(general, models / "general_copy.safetensors", {"title": "the same weights in another file"})
+
+
+def inpainting(general: Weights) -> Weights:
+    """The first convolution for five more channels, the mask and the masked picture's latent."""
+    key = f"{UNET_PREFIX}input_blocks.0.0.weight"
+    more = 0.05 * torch.randn(len(general[key]), 5, 3, 3, generator=torch.Generator().manual_seed(4))
+    return {key: torch.cat([general[key], more.to(general[key])], dim=1)}
+
+
+def open_clip(text: Weights) -> Weights:
+    """A text encoder's tensors under the names of OpenCLIP, as SDXL's second one has them; its projection is random."""
+    names = {"embeddings.token_embedding.weight": "token_embedding.weight",
+             "embeddings.position_embedding.weight": "positional_embedding",
+             "final_layer_norm.": "ln_final."}  # fmt: skip
+    parts = {"layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.",
+             "self_attn.out_proj.": "attn.out_proj."}  # fmt: skip
+    found: Weights = {}
+    for key, value in text.items():
+        name = key.removeprefix("text_model.")
+        if name.startswith("encoder.layers."):
+            number, _, part = name.removeprefix("encoder.layers.").partition(".")
+            own = next((part.replace(old, new) for old, new in parts.items() if part.startswith(old)), None)
+            if own:
+                found[f"{SECOND}transformer.resblocks.{number}.{own}"] = value.clone()
+        else:
+            own = next((name.replace(old, new) for old, new in names.items() if name.startswith(old)), None)
+            if own:
+                found[SECOND + own] = value.clone()
+    layers = {key.split(".")[3] for key in text if key.startswith("text_model.encoder.layers.")}
+    for number in layers:
+        for kind in ("weight", "bias"):
+            own = [text[f"text_model.encoder.layers.{number}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
+            found[f"{SECOND}transformer.resblocks.{number}.attn.in_proj_{kind}"] = torch.cat(own)
+    generator = torch.Generator().manual_seed(5)
+    found[f"{SECOND}text_projection"] = torch.randn(WIDTH, WIDTH, generator=generator) * WIDTH**-0.5
+    return found

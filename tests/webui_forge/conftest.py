@@ -1,0 +1,59 @@
+"""Every test of this folder runs in each fork that is found; each is started once, on a free port, and stopped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.webui_forge.forks import FORKS, Fork, prepare_data, start
+from tests.webui_live.client import Client
+from tests.webui_live.host import Host, Installation, NoHostError
+from tests.webui_live.needs import missing
+
+
+@pytest.fixture(scope="session", params=FORKS, ids=lambda fork: fork.name)
+def fork(request: pytest.FixtureRequest) -> Fork:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def installation(fork: Fork) -> Installation:
+    try:
+        return fork.find()
+    except NoHostError as error:
+        missing(str(error), fork.name)
+
+
+@pytest.fixture(scope="session")
+def host(fork: Fork, installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    data = tmp_path_factory.mktemp(fork.name)
+    prepare_data(data, installation)
+    running = start(data, installation)
+    yield running
+    running.stop()
+    shutil.rmtree(data / "models", ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def client(host: Host) -> Client:
+    client = Client(host.url)
+    client.draw(steps=1)  # a fork loads its checkpoint with the first picture
+    return client
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test nothing of a pass is left on the model. One in which the WebUI has died says so, once."""
+    if "client" not in request.fixturenames:
+        yield
+        return
+    client, host = request.getfixturevalue("client"), request.getfixturevalue("host")
+    yield
+    host.revive()
+    state = client.state()
+    assert state["hooks"] == 0
+    assert state["replaced"] == []
+    assert state["options"] == []
+    assert state["extra"] == 0
