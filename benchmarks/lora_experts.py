@@ -74,7 +74,7 @@ def measure(options: dict[str, Any]) -> None:
     from modules import devices, sd_models, shared
     from safetensors.torch import save_file
 
-    from lib_fusion.webui.models import loras, worn
+    from lib_fusion.webui.a1111 import loras, worn
 
     networks.extra_network_lora = extra_networks_lora.ExtraNetworkLora()
     devices.dtype_unet = torch.float32  # as the host's flags for the CPU say

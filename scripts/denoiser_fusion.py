@@ -26,6 +26,7 @@ else:
 
     from lib_fusion import log
     from lib_fusion.webui import script
+    from lib_fusion.webui.host import adapter
     from lib_fusion.webui.panel import api, panel, xyz
     from lib_fusion.webui.runtime import runtime
     from lib_fusion.webui.training import tab as training_tab
@@ -55,11 +56,11 @@ else:
         def postprocess(self, p, processed, *args):
             script.end(p, processed)
 
-    script_callbacks.on_cfg_denoiser(runtime.begin_step)
-    script_callbacks.on_cfg_denoised(runtime.end_step)
+    adapter.register(runtime)
     script_callbacks.on_before_ui(xyz.add_axes)
     script_callbacks.on_app_started(api.add_routes)
     script_callbacks.on_ui_tabs(training_tab.build)
     script_callbacks.on_ui_settings(panel.add_options)
     script_callbacks.on_script_unloaded(runtime.close)
-    log.start(f"WebUI {launch_utils.git_tag()}", launch_utils.args.loglevel or os.environ.get("SD_WEBUI_LOG_LEVEL"))
+    level = launch_utils.args.loglevel or os.environ.get("SD_WEBUI_LOG_LEVEL")
+    log.start(f"{adapter.NAME} {launch_utils.git_tag()}", level)

@@ -16,14 +16,14 @@ from lib_fusion.requests.infotext import infotext_keys, write_infotext
 from lib_fusion.requests.loras import title_of
 from lib_fusion.requests.request import in_panels_words, is_panel, read_args, values_of
 from lib_fusion.requests.settings import COMPARE, SAME_AS_BASE, ExpertSettings, FusionSettings
+from lib_fusion.webui.host import adapter
 from lib_fusion.webui.models import file_hashes, masks
 from lib_fusion.webui.models.aggregators import complete
-from lib_fusion.webui.models.experts import find_checkpoint
-from lib_fusion.webui.models.loras import find_loras
+from lib_fusion.webui.models.checkpoints import find_checkpoint
+from lib_fusion.webui.models.lora_files import find_loras
 from lib_fusion.webui.panel import compare, gallery, xyz
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.runtime import runtime
-from lib_fusion.webui.sampling import hooked_pass as sampling
 from lib_fusion.webui.sampling import launch
 
 ATTRIBUTE = "_denoiser_fusion"
@@ -56,6 +56,8 @@ class Request:
     skipped_rows: list[int] = field(default_factory=list)
     seconds: float = 0.0
     records: list[Records] = field(default_factory=list)
+    #: What stands in the place of the sampler's launch.
+    launch: Any = None
 
     @property
     def titles(self) -> list[str]:
@@ -133,7 +135,16 @@ def wrap_sampler(p: Any) -> None:
     if job is None or (job.settings is None and job.error is None):
         return
     sampler = p.sampler
+    if job.launch is not None and sampler.__dict__.get("launch_sampling") is job.launch:
+        del sampler.launch_sampling  # Forge comes here twice before a hires pass, and the second time counts
     original = sampler.launch_sampling
+    is_hires = bool(getattr(p, "is_hr_pass", False))
+    prepare = None
+    try:
+        if job.error is None and not _is_left_out(p, job, is_hires):
+            prepare = adapter.prepare(runtime, p, job.settings, job.painted)
+    except Exception as error:
+        job.error = error
 
     def launch_sampling(steps: int, func: Any) -> Any:
         del sampler.launch_sampling
@@ -149,19 +160,18 @@ def wrap_sampler(p: Any) -> None:
             raise RequestRefusedError(str(job.error)) from job.error
         if job.error is not None:
             raise job.error
-        is_hires = bool(getattr(p, "is_hr_pass", False))
         if not is_hires or not job.records:  # hires fix of a finished picture has no first pass
             job.begin_batch()
-        if job.settings.passes == ("first" if is_hires else "hires") and _has_pass(p, job):
+        if prepare is None:
             file_hashes.add(p.extra_generation_params, job.settings, job.names)
             return original(steps, func)
-        samples, record = launch.launch(runtime, p, job.settings, job.painted, sampler, lambda: original(steps, func))
+        samples, record = launch.launch(runtime, p, prepare, sampler, lambda: original(steps, func))
         job.add(record)
         _tell(p, job, record)
         file_hashes.add(p.extra_generation_params, job.settings, job.names)
         return samples
 
-    sampler.launch_sampling = launch_sampling
+    sampler.launch_sampling = job.launch = launch_sampling
 
 
 def end(p: Any, processed: Any) -> None:
@@ -177,7 +187,7 @@ def end(p: Any, processed: Any) -> None:
         with _told_of(processed, "comparison"):
             compare.add_comparison(p, processed, kept, job.settings, job.titles)
     with _told_of(processed, "preview"):
-        kinds = sampling.wanted_records().kinds
+        kinds = launch.wanted_records().kinds
         if kinds and not hasattr(p, compare.OVERRIDE):
             shown = not is_inside_script(p)
             gallery.add_previews(p, processed, kinds, job.records, job.settings, job.titles, shown)
@@ -204,9 +214,10 @@ def _told_of(processed: Any, what: str) -> Iterator[None]:
         errors.report(told, exc_info=not isinstance(error, (FusionError, OSError)))
 
 
-def _has_pass(p: Any, job: Request) -> bool:
-    """Whether the pass that was asked for will come; if not, the wrapped launch says so."""
-    return job.settings.passes == "first" or bool(getattr(p, "enable_hr", False))
+def _is_left_out(p: Any, job: Request, is_hires: bool) -> bool:
+    """Whether this pass is not to be fused, but the other of hires fix; one that will not come is refused later."""
+    other_comes = job.settings.passes == "first" or bool(getattr(p, "enable_hr", False))
+    return job.settings.passes == ("first" if is_hires else "hires") and other_comes
 
 
 def _tell(p: Any, job: Request, record: dict) -> None:

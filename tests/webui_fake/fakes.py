@@ -205,7 +205,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "sd_samplers_cfg_denoiser": {}, "sd_hijack_clip": {}, "sd_hijack_open_clip": {}, "textual_inversion": {},
         "textual_inversion.textual_inversion": {},
         "sd_disable_initialization": {}, "sd_models_config": {}, "sd_models_xl": {}, "lowvram": {}, "errors": {},
-        "hashes": {}, "extra_networks": {}, "prompt_parser": {}, "images": {}, "processing": {},
+        "script_callbacks": {}, "hashes": {}, "extra_networks": {}, "prompt_parser": {}, "images": {}, "processing": {},
         "paths": {"models_path": "models"},
     }  # fmt: skip
     for name in SIGNATURES:

@@ -107,7 +107,7 @@ class Bench:
         self.base = Base()
         self.networks = make_networks(folder, self.base.network_layer_mapping)
         monkeypatch.setitem(sys.modules, "networks", self.networks)
-        from lib_fusion.webui.models import loras, worn
+        from lib_fusion.webui.a1111 import loras, worn
 
         self.loras, self.worn, self.cache = loras, worn, loras.LoraCache()
         self.x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
@@ -344,7 +344,7 @@ def test_hashes_beside_the_hosts_own(bench: Bench) -> None:
 
 
 def test_controlnets_marker_comes_back_for_experts_that_are_the_base(bench: Bench) -> None:
-    from lib_fusion.webui.sampling.contexts import keep_marker, strip_marker
+    from lib_fusion.webui.a1111.contexts import keep_marker, strip_marker
 
     states, host = torch.randn(2, 5, 4), torch.randn(2, 3, 4)
     token = torch.tensor([1024.0, -1024.0])[:, None, None].expand(2, 1, 4)

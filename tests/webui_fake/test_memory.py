@@ -21,7 +21,7 @@ META = torch.device("meta")  # stands for the device: what is there has no numbe
 @pytest.fixture
 def placement(monkeypatch: pytest.MonkeyPatch) -> Any:
     fakes.install(monkeypatch)
-    from lib_fusion.webui.models import placement
+    from lib_fusion.webui.a1111 import placement
 
     monkeypatch.setattr(placement.devices, "device", META)
     return placement
@@ -109,7 +109,7 @@ def test_release_lets_go_of_what_a_failed_function_held() -> None:
 @pytest.fixture
 def decoding(monkeypatch: pytest.MonkeyPatch) -> Any:
     fakes.install(monkeypatch)
-    from lib_fusion.webui.sampling import decoding
+    from lib_fusion.webui.a1111 import decoding
 
     return decoding
 
@@ -161,7 +161,7 @@ def encoder_loads(monkeypatch: pytest.MonkeyPatch, cache: int, experts: int, pro
     """How often text encoders are made for some experts of their own, over some prompts."""
     options = fakes.install(monkeypatch)
     options.data["denoiser_fusion_cache"] = cache
-    from lib_fusion.webui.models import conditioning
+    from lib_fusion.webui.a1111 import conditioning
 
     made = []
     monkeypatch.setattr(conditioning, "clone_encoder", lambda *_: made.append(1) or nn.Linear(1, 1))
@@ -187,7 +187,7 @@ def test_text_encoders_of_all_experts_are_kept(monkeypatch: pytest.MonkeyPatch, 
 
 def test_a_load_that_cannot_fit_is_announced(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     options = fakes.install(monkeypatch)
-    from lib_fusion.webui.models import room
+    from lib_fusion.webui.a1111 import room
     from lib_fusion.webui.runtime import Runtime
 
     tensors = {"input_blocks.0.0.weight": torch.zeros(100, 10), "out.2.weight": torch.zeros(30, 10)}

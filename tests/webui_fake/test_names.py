@@ -34,12 +34,12 @@ class Host:
     def __init__(self, tmp_path: Path) -> None:
         from modules import paths, sd_models
 
-        from lib_fusion.webui.models import aggregators, experts
+        from lib_fusion.webui.models import aggregators, checkpoints
 
         paths.models_path = str(tmp_path)
         self.folder = tmp_path / "denoiser-fusion"
         self.folder.mkdir()
-        self.aggregators, self.experts, self._models = aggregators, experts, sd_models
+        self.aggregators, self.checkpoints, self._models = aggregators, checkpoints, sd_models
 
     def has(self, *entries: SimpleNamespace) -> None:
         self._models.checkpoints_list.clear()
@@ -49,7 +49,7 @@ class Host:
             self._models.checkpoint_aliases.update(dict.fromkeys(info.ids, info))
 
     def find(self, name: str) -> str:
-        return self.experts.find_checkpoint(name, "experts[0].checkpoint").name
+        return self.checkpoints.find_checkpoint(name, "experts[0].checkpoint").name
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_no_part_of_a_name_is_a_name(host: Host) -> None:
         host.find("vehic")
     assert host.find("vehicles.ckpt") == "vehicles.ckpt"  # which is refused as what it is
     assert host.find("vehicles") == "vehicles.safetensors"
-    assert host.experts.list_checkpoints() == ["vehicles.safetensors"]
+    assert host.checkpoints.list_checkpoints() == ["vehicles.safetensors"]
 
 
 @pytest.mark.parametrize(("listed", "asked"), [
@@ -142,6 +142,6 @@ def test_a_unet_alone_is_refused_as_what_it_is(host: Host, tmp_path: Path) -> No
     weights = load_file(DEMO / "vehicles.safetensors")
     bare = {key.removeprefix(UNET_PREFIX): value for key, value in weights.items() if key.startswith(UNET_PREFIX)}
     save_file(bare, tmp_path / "bare.safetensors")
-    host.experts.check_is_whole(Checkpoint.open(DEMO / "vehicles.safetensors"))
+    host.checkpoints.check_is_whole(Checkpoint.open(DEMO / "vehicles.safetensors"))
     with pytest.raises(CheckpointError, match=r"a U-Net alone, whose tensors' names do not start with model"):
-        host.experts.check_is_whole(Checkpoint.open(tmp_path / "bare.safetensors"))
+        host.checkpoints.check_is_whole(Checkpoint.open(tmp_path / "bare.safetensors"))

@@ -50,8 +50,8 @@ def test_nonsense_is_the_default_and_one_line_in_the_log(
 
 
 def test_a_pass_and_the_caches_take_what_is_read(data: dict[str, Any]) -> None:
-    from lib_fusion.webui.models.placement import waits_in_ram
-    from lib_fusion.webui.sampling.hooked_pass import wanted_records
+    from lib_fusion.webui.a1111.hooked_pass import wanted_records
+    from lib_fusion.webui.a1111.placement import waits_in_ram
 
     for key in HOST_OPTIONS:
         data[f"denoiser_fusion_{key}"] = ["lots"]

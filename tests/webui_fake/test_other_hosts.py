@@ -58,7 +58,7 @@ def test_a_supported_host_goes_on_to_the_imports(
 
 
 def test_in_a_fork_that_lacks_a_name_the_sentence_has_it(other_hosts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(other_hosts, "ROOMS", ("models.text_encoders",))
+    monkeypatch.setattr(other_hosts, "ROOMS", ("a1111.text_encoders",))
     monkeypatch.delattr(sys.modules["modules.sd_hijack"], "model_hijack")
     reason = other_hosts.why_not()
     assert reason.startswith(NEEDED)

@@ -97,7 +97,7 @@ class Step:
 @pytest.fixture
 def sampling(monkeypatch: pytest.MonkeyPatch) -> Any:
     fakes.install(monkeypatch)
-    from lib_fusion.webui.sampling import hooked_pass as sampling
+    from lib_fusion.webui.a1111 import hooked_pass as sampling
 
     return sampling
 
@@ -241,7 +241,7 @@ def test_a_later_wrapper_of_someone_else_stays(sampling: Any) -> None:
 
 
 def test_controlnets_marker_is_taken_off(sampling: Any) -> None:
-    from lib_fusion.webui.sampling.contexts import strip_marker
+    from lib_fusion.webui.a1111.contexts import strip_marker
 
     states = torch.randn(2, 3, 4)
     marked = torch.cat([torch.full((2, 1, 4), 1024.0), states], dim=1)
@@ -255,7 +255,7 @@ def test_a_step_without_its_unconditional_half_is_in_the_timeline(
     sampling: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sampling.shared.opts.data, "denoiser_fusion_preview_skips", True)
-    monkeypatch.setattr("lib_fusion.webui.sampling.host_step.leaves_out_uncond", lambda *_: True)
+    monkeypatch.setattr("lib_fusion.webui.a1111.host_step.leaves_out_uncond", lambda *_: True)
     step = Step(Model(UNet(1.0)))
     step.sampler.sampler_extra_args["s_min_uncond"] = 4.0
     fusion = make_pass(sampling, step, UNet(1.7), method="Average", skipping="Forecast")
@@ -286,15 +286,19 @@ def test_levels_are_told_and_the_samplers_function_comes_back(sampling: Any) -> 
 
     from lib_fusion.webui.sampling.launch import announced_levels
 
-    sampler = SimpleNamespace(func=function, model_wrap_cfg=SimpleNamespace(steps=2))
+    sampler = SimpleNamespace(func=function)
+
+    def read(arguments: Any) -> list[float]:
+        return arguments["sigmas"].tolist()
+
     fusion = sampling.FusionSession(FusionSettings(freeu="Auto", freeu_start=0.5))
-    with announced_levels(sampler, fusion):
+    with announced_levels(sampler, fusion, read):
         assert sampler.func(None, 5, sigmas=torch.tensor([8.0, 2.0, 0.0])) == 5
     assert sampler.func is function
     assert fusion.schedule.levels == [8, 2, 0]
-    with announced_levels(sampler, sampling.FusionSession(FusionSettings())):
+    with announced_levels(sampler, sampling.FusionSession(FusionSettings()), read):
         assert sampler.func(None, 6) == 6  # nothing needs levels here
-    with announced_levels(sampler, fusion), pytest.raises(KeyError):
+    with announced_levels(sampler, fusion, read), pytest.raises(KeyError):
         sampler.func(None, 6)
     assert sampler.func is function
 
@@ -332,7 +336,7 @@ def test_rows_that_are_not_the_steps_are_noticed_with_skipping_alone(
     """As tiles are, which another extension gives the model in place of pictures."""
     step = Step(Model(UNet(1.0)))
     step.sampler.sampler_extra_args["s_min_uncond"] = 0.0
-    monkeypatch.setattr("lib_fusion.webui.sampling.host_step.leaves_out_uncond", lambda *_: False)
+    monkeypatch.setattr("lib_fusion.webui.a1111.host_step.leaves_out_uncond", lambda *_: False)
     sampling.shared.sd_model = step.model
     settings = FusionSettings.from_dict({"skipping": "Forecast"})
     fusion = sampling.FusionPass(settings, lambda _: ([], []), step.sampler, step.model)
@@ -363,7 +367,7 @@ def test_another_freeu_is_told_once(sampling: Any, key: str, freeu: str, told: i
 
 def test_change_prediction(sampling: Any) -> None:
     """Both say the same of the picture, whichever is asked for."""
-    from lib_fusion.webui.sampling.contexts import change_prediction
+    from lib_fusion.webui.a1111.contexts import change_prediction
 
     picture, noise = torch.randn(2, 2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
     for alpha in (0.0047, 0.5, 0.9991):
@@ -378,7 +382,7 @@ def test_a_base_that_predicts_v_lends_no_expert_its_configuration(
     sampling: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An ordinary file has no .yaml; that of a v model says v."""
-    from lib_fusion.webui.models import experts
+    from lib_fusion.webui.a1111 import experts
 
     near = SimpleNamespace(find_checkpoint_config_near_filename=lambda _: None)
     monkeypatch.setattr(experts, "sd_models_config", near)
@@ -393,7 +397,7 @@ def test_a_base_that_predicts_v_lends_no_expert_its_configuration(
 
 def test_an_experts_positions_are_its_files_own(sampling: Any) -> None:
     """Merges break them in many files: fractions are cut off, as where the host loads the file."""
-    from lib_fusion.webui.models.text_encoders import put_positions
+    from lib_fusion.webui.a1111.text_encoders import put_positions
 
     encoder, find = nn.Module(), "text.{}".format
     encoder.embeddings = nn.Module()

@@ -77,7 +77,7 @@ def test_correction_is_the_sampler_with_the_right_noises(correcting: Any, functi
         used[skipped][1] -= (WEIGHTS * changes[skipped]).sum(0)
     skips = SimpleNamespace(reach=2, take_corrections=lambda: found)
     session = SimpleNamespace(skips=skips, schedule=Schedule([float(t) for t in TIMESTEPS]))
-    corrector = correcting.CORRECTORS[function](session, ALPHAS.tolist())
+    corrector = correcting.CORRECTORS[function](session, ALPHAS[TIMESTEPS].tolist())
     found: list[Correction] = []
 
     def after(i: int, given: dict) -> None:
@@ -104,7 +104,7 @@ def test_a_step_in_other_hands_ends_the_reach_of_corrections(correcting: Any) ->
 
 
 def test_conditioning_is_taken_row_by_row(correcting: Any) -> None:
-    from lib_fusion.webui.sampling.contexts import take_rows
+    from lib_fusion.webui.a1111.contexts import take_rows
 
     states, image = torch.arange(12.0).view(4, 3), torch.arange(4.0).view(4, 1)
     taken = take_rows({"c_crossattn": [states], "c_concat": [image], "vector": image}, [1, 3])
@@ -135,7 +135,7 @@ def test_which_samplers_add_noise(correcting: Any, function: Any, arguments: dic
 def test_levels_as_sigmas(correcting: Any) -> None:
     from modules import sd_samplers_timesteps
 
-    from lib_fusion.webui.sampling.levels import sigmas_of
+    from lib_fusion.webui.a1111.levels import sigmas_of
 
     by_timesteps = object.__new__(sd_samplers_timesteps.CFGDenoiserTimesteps)
     assert sigmas_of(TIMESTEPS, by_timesteps, ALPHAS) == pytest.approx(SIGMAS)

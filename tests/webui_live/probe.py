@@ -45,9 +45,9 @@ def fusion():
 
     return {
         "running": runtime.current is not None,
-        "experts": [name for name, _ in runtime.experts.sizes()],
-        "bytes": sum(size for _, size in runtime.experts.sizes()),
-        "text_bytes": runtime.texts.bytes,
+        "experts": [name for name, _ in runtime.models.experts.sizes()],
+        "bytes": sum(size for _, size in runtime.models.experts.sizes()),
+        "text_bytes": runtime.models.texts.bytes,
         "told": runtime.describe_memory(),
     }
 
@@ -58,7 +58,8 @@ def weights():
 
     model = sd_models.model_data.sd_model
     own = [id(p) for p in model.parameters()]
-    worn = {id(value) for worn in runtime.experts.loras._worn.values() for _, _, value in getattr(worn, "changes", ())}
+    wearable = runtime.models.experts.loras._worn.values()
+    worn = {id(value) for worn in wearable for _, _, value in getattr(worn, "changes", ())}
     layers = getattr(model, "network_layer_mapping", {})
     return {
         "objects": hashlib.sha256(repr(own).encode()).hexdigest(),
@@ -132,10 +133,10 @@ def encode(text: str, expert: str = ""):
     """A text's states, as a digest: by the host's own conditioner, or by one that is built for an expert."""
     model, before = shared.sd_model, torch.get_rng_state()
     if expert:
-        from lib_fusion.webui.models import experts
-        from lib_fusion.webui.models import text_encoders as encoders
+        from lib_fusion.webui.a1111 import text_encoders as encoders
+        from lib_fusion.webui.models import checkpoints
 
-        model = encoders.build_encoder(experts.find_checkpoint(expert, "expert"), "expert")
+        model = encoders.build_encoder(checkpoints.find_checkpoint(expert, "expert"), "expert")
         encoders.share_embeddings(model)
     with torch.no_grad(), devices.autocast():
         states = model([text]) if expert else model.get_learned_conditioning([text])

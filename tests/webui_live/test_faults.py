@@ -24,7 +24,7 @@ from tests.webui_live.host import Host
 SMALL = {"width": 64, "height": 64, "steps": 4}
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
 W, M, U = "lib_fusion.webui.", "lib_fusion.methods.", "lib_fusion.fusion."
-S, L = W + "sampling.", W + "models."
+S = W + "a1111."
 FREEU = {"freeu": "Custom", "freeu_b3": 1.3, "freeu_s3": 0.7}
 SKIPPING = {"skipping": "Forecast", "skip_tolerance": 10, "steps": 12}
 UNIFORM = {"method": "AFA", "afa_maps": "uniform"}
@@ -130,7 +130,7 @@ def safetensors(shapes: dict[str, list[int]], prefix: str = "model.diffusion_mod
 
 def test_expert_file_is_deleted_while_it_is_loaded(client: Client, victim: Path, unhurt: None) -> None:
     whole, fusion = victim.read_bytes(), expert("victim")
-    for target in (L + "experts:read_weights", L + "experts:check_fits", S + "launch:prepare"):
+    for target in (S + "experts:read_weights", S + "experts:check_fits", S + "launch:prepare"):
         with Inject(client, target, "delete", file=str(victim)):
             fails(client, fusion, "victim.safetensors.*no such file")
         victim.write_bytes(whole)
@@ -210,7 +210,7 @@ def test_aggregator_file_changes_after_it_was_chosen(client: Client, aggregator:
                 aggregator.write_bytes(content)
             fails(client, fusion, rf"^422: afa_aggregator: 'faulty' is not allowed; .*({told})", model="tiny_a")
     aggregator.write_bytes(whole)
-    for target in ("models.aggregators:AggregatorCache.load", "sampling.hooked_pass:make_lockstep"):
+    for target in ("models.aggregators:AggregatorCache.load", "a1111.hooked_pass:make_lockstep"):
         with Inject(client, W + target, "delete", file=str(aggregator)):
             fails(client, fusion, "no such", model="tiny_a")
         aggregator.write_bytes(whole)
@@ -246,9 +246,9 @@ def test_a_prediction_that_is_no_number_is_named(
 def test_out_of_memory(client: Client, names: Names, unhurt: None, kind: str) -> None:
     """The experts are unloaded, so that the next picture has room, and the sentence says what can be done."""
     client.ask("/probe/state")
-    places = [("models.experts:load_unet", 1), ("models.text_encoders:put_weights", 1)]
-    places += [("sampling.hooked_pass:FusionPass.attach", 1)]
-    places += [("sampling.host_step:HostStep._run_expert", call) for call in (1, 3)]
+    places = [("a1111.experts:load_unet", 1), ("a1111.text_encoders:put_weights", 1)]
+    places += [("a1111.hooked_pass:FusionPass.attach", 1)]
+    places += [("a1111.host_step:HostStep._run_expert", call) for call in (1, 3)]
     for target, call in places:
         client.draw(expert(names.copy), **SMALL)  # another expert is loaded
         with Inject(client, W + target, kind, call):
@@ -267,20 +267,21 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
     *[(W + f"script:{name}", 1, TWO, {}) for name in (
         "begin", "read_args", "find_checkpoint", "write_infotext", "complete", "values_of", "Request.begin_batch",
         "Request.add", "_tell")],
-    (W + "script:_has_pass", 1, {"passes": "hires"}, HIRES),
+    (W + "script:_is_left_out", 1, {"passes": "hires"}, HIRES),
     (W + "script:compare.keep_request", 1, {"compare": True}, {}),
     # a pass: made, attached, given the levels, taken off
-    *[(S + f"launch:{name}", 1, TWO, {}) for name in (
-        "launch", "prepare", "find_expert", "check_base", "announced_levels")],
+    *[(W + f"sampling.launch:{name}", 1, TWO, {}) for name in ("launch", "check_parts", "announced_levels")],
+    (W + "a1111.adapter:prepare", 1, TWO, {}),
+    *[(S + f"launch:{name}", 1, TWO, {}) for name in ("find_expert", "check_base", "check_passes")],
     *[(S + f"hooked_pass:{name}", 1, TWO, {}) for name in (
         "FusionPass.__init__", "FusionPass.attach", "FusionPass.detach", "FusionPass.finish", "set_tiling")],
-    (S + "launch:levels_of", 1, FREEU, {}),
+    (S + "hooked_pass:levels_of", 1, FREEU, {}),
     (W + "runtime:Runtime._guard", 1, TWO, {}),
-    *[(L + f"experts:{name}", 1, TWO, {}) for name in (
+    *[(S + f"experts:{name}", 1, TWO, {}) for name in (
         "ExpertCache.acquire", "check_fits", "load_unet", "read_weights", "check_finite", "built_as_told")],
-    *[(L + f"conditioning:{name}", 1, TWO, {}) for name in (
+    *[(S + f"conditioning:{name}", 1, TWO, {}) for name in (
         "TextCache.encode", "prompts_of", "encode")],
-    *[(L + f"text_encoders:{name}", 1, TWO, {}) for name in ("clone_module", "put_weights", "strip_loras")],
+    *[(S + f"text_encoders:{name}", 1, TWO, {}) for name in ("clone_module", "put_weights", "strip_loras")],
     # callbacks and the wrapper of apply_model, at the first call and in the middle
     *[(S + f"hooked_pass:{name}", call, TWO, {}) for call in (1, 3) for name in (
         "FusionPass.begin_step", "FusionPass.apply_model", "FusionPass.end_step", "FusionPass.check_finite")],
@@ -294,7 +295,7 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
         "step:Step.fuse", "step:Step._predict", "rows:Rows.combine")],
     *[("lib_fusion.fusion.blend:Blend._log_maps", call, TWO, {}) for call in (1, 2)],  # until the mask is held
     (S + "contexts:Context.slice", 2, TWO, {}),
-    *[(L + f"placement:{name}", 2, TWO, {"settings": {"denoiser_fusion_place": "RAM between U-Net calls"}})
+    *[(S + f"placement:{name}", 2, TWO, {"settings": {"denoiser_fusion_place": "RAM between U-Net calls"}})
       for name in ("bring", "put_back")],
     # AFA's hooks
     *[(U + f"lockstep:Lockstep.{name}", call, UNIFORM, {}) for call in (1, 3) for name in (
@@ -309,9 +310,9 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
     *[(f"lib_fusion.fusion.step:Step.{name}", call, SKIPPING, {}) for call in (1, 2) for name in (
         "_computed", "_keep", "guidance")],
     ("lib_fusion.fusion.step:Step._with_forecasts", 6, SKIPPING, {}),
-    (S + "correcting:EulerCorrector.after_model", 1, SKIPPING, {}),
-    (S + "correcting:EulerCorrector.after_model", 2, SKIPPING, {}),
-    (S + "correcting:EulerCorrector._replay", 1, SKIPPING, {}),
+    (W + "sampling.correcting:EulerCorrector.after_model", 1, SKIPPING, {}),
+    (W + "sampling.correcting:EulerCorrector.after_model", 2, SKIPPING, {}),
+    (W + "sampling.correcting:EulerCorrector._replay", 1, SKIPPING, {}),
     (S + "hooked_pass:FusionPass.begin_skipping", 1, SKIPPING, {}),
     *[(f"lib_fusion.fusion.policies:Skips.{name}", 1, SKIPPING, {}) for name in (
         "begin_step", "needed", "observe", "forecast", "take_corrections")],

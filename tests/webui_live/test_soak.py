@@ -17,9 +17,9 @@ HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising
 FREEU = {"freeu": "Custom", "freeu_b3": 1.3, "freeu_s3": 0.7}
 FORECAST = {"skipping": "Forecast", "skip_tolerance": 10}
 UNIFORM = {"method": "AFA", "afa_maps": "uniform"}
-FAULTS = ("lib_fusion.webui.sampling.host_step:HostStep._run_expert",
-          "lib_fusion.webui.sampling.hooked_pass:FusionPass.end_step",
-          "lib_fusion.webui.models.experts:load_unet", "lib_fusion.webui.models.conditioning:encode")  # fmt: skip
+FAULTS = ("lib_fusion.webui.a1111.host_step:HostStep._run_expert",
+          "lib_fusion.webui.a1111.hooked_pass:FusionPass.end_step",
+          "lib_fusion.webui.a1111.experts:load_unet", "lib_fusion.webui.a1111.conditioning:encode")  # fmt: skip
 
 
 def requests(names: Names) -> list[tuple[dict | None, dict]]:

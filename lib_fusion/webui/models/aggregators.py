@@ -1,28 +1,26 @@
-"""AFA in the host: the list of aggregator files, the experts that a file is for, and one pass's models in lockstep."""
+"""AFA in the host: the list of aggregator files, the experts that a file is for, and the one that a pass uses."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from modules import devices, paths
+from modules import paths
 from torch import nn
 
 from lib_fusion.errors import CheckpointError, FusionError, SettingError
 from lib_fusion.files import file_version
 from lib_fusion.fusion.aggregator_files import Card, ModelIdentity, identify_model, load_for, read_card
-from lib_fusion.fusion.lockstep import Lockstep
 from lib_fusion.log import log_loaded, logger
 from lib_fusion.methods import afa
 from lib_fusion.requests.infotext import NO_CHECKPOINT
 from lib_fusion.requests.loras import read_tags
 from lib_fusion.requests.settings import MAX_EXPERTS, ExpertSettings, FusionSettings
-from lib_fusion.webui.models.experts import list_infos
-from lib_fusion.webui.models.placement import holder, settle
+from lib_fusion.webui.models.checkpoints import list_infos
 
 FOLDER = "denoiser-fusion"
 #: The folder therein that trainings keep their state in; no aggregator files for use.
@@ -104,6 +102,15 @@ def implied_by(name: str) -> dict[str, str]:
     return {"method": "AFA", **{f"expert{i + 1}_checkpoint": names[i] for i in range(MAX_EXPERTS)}}
 
 
+@dataclass(frozen=True)
+class AfaBase:
+    """What aggregators must fit: the base's U-Net, what it predicts (``epsilon`` or ``v``), and the dtype it has."""
+
+    unet: nn.Module
+    prediction: str
+    dtype: torch.dtype
+
+
 class AggregatorCache:
     """The aggregators that were used last."""
 
@@ -111,26 +118,44 @@ class AggregatorCache:
         self._key: Any = None
         self._loaded: nn.ModuleList | None = None
 
-    def load(self, settings: FusionSettings, base: nn.Module, unet: nn.Module, files: Sequence[str]) -> nn.ModuleList:
-        """For the base and the experts in ``files`` (the base's first); raises SettingError."""
+    def choose(
+        self, settings: FusionSettings, base: AfaBase, files: Sequence[str], device: torch.device
+    ) -> nn.Module:
+        """What joins a pass's models: the trained aggregators, or a control; raises SettingError.
+
+        ``files``: those of the models, the base's first.
+        """
+        if settings.needs_aggregator:
+            if not settings.afa_force:
+                refuse_loras(settings)
+            return self.load(settings, base, files, device)
+        if settings.afa_maps == "uniform":
+            return afa.uniform(len(files)).to(device)
+        if settings.only_model < len(files):
+            return afa.one_hot(len(files), settings.only_model).to(device)
+        raise SettingError("afa_maps", settings.afa_maps, f"allowed: one of the {len(files)} models")
+
+    def load(
+        self, settings: FusionSettings, base: AfaBase, files: Sequence[str], device: torch.device
+    ) -> nn.ModuleList:
+        """The trained ones; raises SettingError where they are not for these models."""
         path = find_aggregator(settings.afa_aggregator)
         models = [identify_model(file) for file in files]
-        key = (path, file_version(path), tuple(models), settings.afa_force, devices.dtype_unet)
+        key = (path, file_version(path), tuple(models), settings.afa_force, base.dtype)
         if key != self._key:
-            prediction = "v" if base.parameterization == "v" else "epsilon"
             try:
-                self._loaded = load_for(path, unet, models, [prediction], settings.afa_force, devices.dtype_unet)
+                self._loaded = load_for(path, base.unet, models, [base.prediction], settings.afa_force, base.dtype)
             except FusionError as error:
                 raise SettingError("afa_aggregator", settings.afa_aggregator, str(error)) from error
             self._key = key
-            log_loaded(f"aggregator {settings.afa_aggregator}", self._loaded, devices.device)
+            log_loaded(f"aggregator {settings.afa_aggregator}", self._loaded, device)
             if settings.afa_force:
                 self._warn_of_other_models(path, models)
-        return self._loaded.to(devices.device)
+        return self._loaded.to(device)
 
     def settle(self, device: torch.device) -> None:
         if self._loaded is not None:
-            settle(self._loaded, device)
+            self._loaded.to(device)
 
     def free(self) -> None:
         self._key = self._loaded = None
@@ -140,28 +165,6 @@ class AggregatorCache:
             read_card(path).check_models(models)
         except FusionError as error:
             logger.warning("aggregator %s, used by force: %s", path.stem, error)
-
-
-def make_lockstep(
-    cache: AggregatorCache, settings: FusionSettings, sd_model: nn.Module, experts: Sequence[Any]
-) -> Lockstep:
-    """The pass's models in lockstep, with trained aggregators or a control; raises SettingError."""
-    unet = sd_model.model.diffusion_model
-    count = 1 + len(experts)
-    if settings.needs_aggregator:
-        if not settings.afa_force:
-            refuse_loras(settings)
-        files = [sd_model.sd_checkpoint_info.filename, *(expert.info.filename for expert in experts)]
-        aggregators = cache.load(settings, sd_model, unet, files)
-    elif settings.afa_maps == "uniform":
-        aggregators = afa.uniform(count).to(devices.device)
-    elif settings.only_model < count:
-        aggregators = afa.one_hot(count, settings.only_model).to(devices.device)
-    else:
-        raise SettingError("afa_maps", settings.afa_maps, f"allowed: one of the {count} models")
-    held = holder(expert.unet for expert in experts if expert.unet is not None)
-    return Lockstep(unet, [expert.unet or unet for expert in experts], aggregators, held=held,
-                    wearing=[expert.wearing for expert in experts])  # fmt: skip
 
 
 def refuse_loras(settings: FusionSettings) -> None:

@@ -14,8 +14,8 @@ from modules import hashes, sd_models, shared
 
 from lib_fusion.requests.infotext import hash_key
 from lib_fusion.requests.settings import SAME_AS_BASE, FusionSettings
-from lib_fusion.webui.models import loras
-from lib_fusion.webui.models.worn import host
+from lib_fusion.webui.models import lora_files
+from lib_fusion.webui.models.lora_files import host
 
 #: The host's infotext entry.
 LORA_HASHES = "Lora hashes"
@@ -39,7 +39,7 @@ def add(params: dict[str, Any], settings: FusionSettings, names: list[str]) -> N
         found = info and hashes.sha256(info.filename, f"checkpoint/{info.name}")
         if found:
             params[hash_key(i)] = found[:DIGITS]
-    own = loras.hashes_of(settings.experts) if shared.opts.data.get("lora_add_hashes_to_infotext", True) else {}
+    own = lora_files.hashes_of(settings.experts) if shared.opts.data.get("lora_add_hashes_to_infotext", True) else {}
     if not own:
         return
     before = remove(params)

@@ -32,7 +32,7 @@ from lib_fusion.requests.settings import (
     SKIP_PRESETS,
 )
 from lib_fusion.webui import options
-from lib_fusion.webui.models import aggregators, experts, file_hashes
+from lib_fusion.webui.models import aggregators, checkpoints, file_hashes
 from lib_fusion.webui.runtime import runtime
 
 FREEU_ON = ("Auto", *FREEU_PUBLISHED, "Custom")
@@ -440,13 +440,13 @@ class Paste:
 def full_name(checkpoint: str) -> str:
     """The name in the panel's list of a checkpoint that is named in any way; a name that nothing has stays."""
     try:
-        return experts.find_checkpoint(checkpoint, "checkpoint").name
+        return checkpoints.find_checkpoint(checkpoint, "checkpoint").name
     except FusionError:
         return checkpoint
 
 
 def list_choices() -> list[str]:
-    return [infotext.NO_CHECKPOINT[1], SAME_AS_BASE, *experts.list_checkpoints()]
+    return [infotext.NO_CHECKPOINT[1], SAME_AS_BASE, *checkpoints.list_checkpoints()]
 
 
 def names_of(store: presets.Presets) -> list[str]:

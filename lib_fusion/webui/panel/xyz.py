@@ -13,7 +13,7 @@ from lib_fusion.requests import infotext, presets, request
 from lib_fusion.requests.infotext import Field
 from lib_fusion.requests.parameters import Parameter
 from lib_fusion.requests.settings import ENABLED, SAME_AS_BASE
-from lib_fusion.webui.models import aggregators, experts, loras
+from lib_fusion.webui.models import aggregators, checkpoints, lora_files
 
 #: What an axis sets on a cell's request; always a new dict, since cells are shallow copies of one request.
 ATTRIBUTE = "_denoiser_fusion_axes"
@@ -64,9 +64,9 @@ def make_axis(plot: Any, field: Field) -> Any:
         for value in values:
             row.read(value, field.label)
             if row.key == "checkpoint" and value not in (*infotext.NO_CHECKPOINT, SAME_AS_BASE):
-                experts.find_checkpoint(value, field.label)
+                checkpoints.find_checkpoint(value, field.label)
             if row.key == "prompt":
-                loras.find_loras(value, field.label)
+                lora_files.find_loras(value, field.label)
             if row.key == "afa_aggregator":
                 aggregators.implied_by(value)
 
@@ -80,7 +80,7 @@ def make_axis(plot: Any, field: Field) -> Any:
 def choices_of(row: Parameter) -> Callable[[], list[str]] | None:
     """What the plot's list of values offers; None where values are typed."""
     if row.key == "checkpoint":
-        return lambda: [infotext.NO_CHECKPOINT[1], SAME_AS_BASE, *experts.list_checkpoints()]
+        return lambda: [infotext.NO_CHECKPOINT[1], SAME_AS_BASE, *checkpoints.list_checkpoints()]
     if row.key == "afa_aggregator":
         return aggregators.list_aggregators
     if row.kind in ("choice", "bool"):

@@ -7,13 +7,15 @@ DDIM. All are linear in the noise, so the same steps are taken with the changes 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.fusion.step import Step
+from lib_fusion.webui.sampling.levels import adds_noise
 
 
 @dataclass
@@ -36,7 +38,7 @@ class EulerCorrector:
     """Takes Euler's last steps once more with the changes of their noises, and adds the difference.
 
     Between steps it holds what the sampler holds: noise levels and the denoised latents. ``alphas``: the cumulated ones
-    of all timesteps, for samplers whose levels are timesteps.
+    of the pass's levels.
     """
 
     def __init__(self, session: FusionSession, alphas: Sequence[float]) -> None:
@@ -101,14 +103,33 @@ class DDIMCorrector(EulerCorrector):
     """DDIM: Euler's step in other variables. Its latents are those of the next step already, variance-preserving."""
 
     def _put(self, x: torch.Tensor, denoised: torch.Tensor, error: torch.Tensor, sigma: float) -> None:
-        levels = self.session.schedule.levels
-        now = min(range(len(levels)), key=lambda i: abs(self._sigma_of(levels[i]) - sigma))
-        x += (error * math.sqrt(self.alphas[int(levels[now + 1])])).to(x.dtype)
-
-    def _sigma_of(self, timestep: float) -> float:
-        alpha = self.alphas[int(timestep)]
-        return math.sqrt((1 - alpha) / alpha)
+        sigmas = [math.sqrt((1 - alpha) / alpha) for alpha in self.alphas]
+        now = min(range(len(sigmas)), key=lambda i: abs(sigmas[i] - sigma))
+        x += (error * math.sqrt(self.alphas[now + 1])).to(x.dtype)
 
 
 #: By the names of the host's sampling functions, those whose steps can be corrected.
 CORRECTORS = {"sample_euler": EulerCorrector, "sample_dpmpp_2m": DPMCorrector, "ddim": DDIMCorrector}
+
+
+def correcting_callback(
+    session: FusionSession, function: Any, arguments: Mapping[str, Any], alphas: Sequence[float], is_plain: bool,
+    step: Callable[[], Step | None],
+) -> Callable[[dict[str, Any]], None]:  # fmt: skip
+    """The callback for the host's sampling function, which also corrects its latents where that is exact.
+
+    ``alphas``: the cumulated ones of the pass's levels. ``is_plain``: whether the halves are added up by the host's own
+    rule, over the whole picture. ``step`` gives the step that the sampler has just had, None where it is not ours.
+    """
+    callback, name = arguments["callback"], getattr(function, "__name__", "")
+    noisy = session.skips.adds_noise = adds_noise(function, arguments)
+    if name not in CORRECTORS or noisy or not is_plain:
+        session.skips.reach = 0
+        return callback
+    corrector = CORRECTORS[name](session, alphas)
+
+    def after_model(given: dict[str, Any]) -> None:
+        corrector.after_model(given["x"], given["denoised"], step())
+        callback(given)
+
+    return after_model

@@ -1,33 +1,53 @@
-"""One sampling pass from before its first step to its record: checked, loaded, attached, run, and taken off."""
+"""One sampling pass from before its first step to its record, in any host: prepared, attached, run, and taken off."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
-
-from modules import prompt_parser
-from torch import nn
+from typing import Any, Protocol
 
 from lib_fusion.errors import FusionError, SettingError, is_out_of_memory, release
+from lib_fusion.fusion.records import Keep
 from lib_fusion.fusion.session import FusionSession
-from lib_fusion.requests.settings import FusionSettings
-from lib_fusion.webui.models.experts import Expert, check_base, find_expert
-from lib_fusion.webui.models.masks import Masks, places_of
-from lib_fusion.webui.models.placement import waits_in_ram
+from lib_fusion.requests.settings import MAP_PARAMETERS, PREVIEWS, FusionSettings
+from lib_fusion.webui.options import read_option
 from lib_fusion.webui.refusal import RequestRefusedError
-from lib_fusion.webui.sampling.contexts import Context, weights_of
-from lib_fusion.webui.sampling.decoding import RoomForVae
-from lib_fusion.webui.sampling.hooked_pass import FusionPass
-from lib_fusion.webui.sampling.levels import levels_of
 
 OUT_OF_MEMORY = ("Denoiser Fusion: the models do not fit into memory together, so the experts have been unloaded; "
                  "Settings > Denoiser Fusion lets experts wait in RAM")  # fmt: skip
 
 
+class SamplingPass(Protocol):
+    """One pass, as a host's adapter makes it. ``refined``: a refiner has taken over, and the pass was off since."""
+
+    session: FusionSession
+    refined: bool
+
+    def attach(self) -> None:
+        """Puts on all that acts on the host's objects; raises SettingError where it does not fit."""
+
+    def detach(self) -> None:
+        """Takes everything off, however the pass ended; may be called again."""
+
+    def finish(self) -> None:
+        """After the last step: raises what was not raised yet, and checks that all has acted."""
+
+    def fail(self, error: Exception) -> None:
+        """Ends the pass with an error at its next model call."""
+
+    def levels_of(self, arguments: Mapping[str, Any]) -> list[float]:
+        """The pass's noise levels, from the arguments of the sampling function; raises KeyError where it has none."""
+
+    def begin_skipping(self, function: Any, arguments: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
+        """The sampling function's callback, which may also correct its latents."""
+
+    def room_for_vae(self, free: Callable[[], None], tell: Callable[[str], None]) -> Any:
+        """What lets the VAE have the experts' memory after the pass, with a method ``remove``; or None."""
+
+
 def launch(
-    runtime: Any, p: Any, settings: FusionSettings, masks: Masks, sampler: Any, sample: Callable[[], Any]
+    runtime: Any, p: Any, prepare: Callable[[], SamplingPass], sampler: Any, sample: Callable[[], Any]
 ) -> tuple[Any, dict]:
     """Runs a sampler's launch with the experts on; returns its samples and the record of the pass.
 
@@ -37,10 +57,10 @@ def launch(
     runtime.keep_room(None)
     fusion = None
     try:
-        fusion = runtime.current = prepare(runtime, p, settings, masks, sampler)
+        fusion = runtime.current = prepare()
         try:
             fusion.attach()
-            with announced_levels(sampler, fusion.session, fusion.begin_skipping):
+            with announced_levels(sampler, fusion.session, fusion.levels_of, fusion.begin_skipping):
                 samples = sample()
             fusion.finish()
         finally:
@@ -55,47 +75,48 @@ def launch(
         if is_out_of_memory(error):
             raise RequestRefusedError(f"{OUT_OF_MEMORY} ({error})", status_code=500) from error
         raise
-    if fusion.experts and not waits_in_ram(fusion.sd_model):
-        runtime.keep_room(RoomForVae(fusion.sd_model, runtime.free, p.comment))
+    runtime.keep_room(fusion.room_for_vae(runtime.free, p.comment))
     seconds = time.perf_counter() - began
     done = fusion.session
     record = {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "records": done.records}
     return samples, {**record, "rows": done.rows, "skipped_rows": done.skipped_rows}
 
 
-def prepare(runtime: Any, p: Any, settings: FusionSettings, masks: Masks, sampler: Any) -> FusionPass:
-    """Checks, loads and encodes what a pass needs; raises SettingError or CheckpointError."""
+def check_passes(p: Any, settings: FusionSettings) -> None:
+    """Refuses settings for a pass that will not come; raises SettingError."""
     if settings.passes == "hires" and not getattr(p, "enable_hr", False):
         raise SettingError("passes", "hires", "allowed without hires fix: both, first")
     if settings.may_skip and settings.skip_passes == "hires" and not getattr(p, "enable_hr", False):
         raise SettingError("skip_passes", "hires", "allowed without hires fix: both, first")
-    weights = weights_of(sampler.sampler_extra_args["cond"])
 
-    def equip(sd_model: nn.Module) -> tuple[list[Expert], list[Context | None]]:
-        check_base(sd_model)
-        infos = [find_expert(expert, f"experts[{i}]", sd_model) for i, expert in enumerate(settings.experts)]
-        experts = runtime.experts.acquire(infos, list(settings.experts), sd_model, settings.method == "AFA")
-        contexts: list[Context | None] = []
-        needed = sum(expert.text_encoder == "own" for expert in settings.experts)
-        for i, (loaded, expert) in enumerate(zip(experts, settings.experts)):
-            conditioning = runtime.texts.encode(p, loaded, expert, f"experts[{i}]", runtime.experts.loras, needed)
-            own = weights if conditioning is None else weights_of(conditioning.cond)
-            if own != weights:
-                parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {own[0]}"
-                raise SettingError(f"experts[{i}].prompt", expert.prompt,
-                                   f"{parts}; allowed: the same parts and weights")  # fmt: skip
-            contexts.append(None if conditioning is None else Context(conditioning, prompt_parser))
-        return experts, contexts
 
-    is_hires = bool(getattr(p, "is_hr_pass", False))
-    places = places_of(p, settings, masks)
-    return FusionPass(settings, equip, sampler, p.sd_model, runtime.aggregators, is_hires, places)
+def check_parts(weights: list[list[float]], own: list[list[float]], prompt: str, field: str) -> None:
+    """Refuses an expert's prompt whose AND parts are others than the picture's; raises SettingError.
+
+    Both: for each picture the weights of its prompt's parts.
+    """
+    if own != weights:
+        parts = f"the picture's prompt has AND parts weighted {weights[0]}, this one {own[0]}"
+        raise SettingError(f"{field}.prompt", prompt, f"{parts}; allowed: the same parts and weights")
+
+
+def weights_of(cond: Any) -> list[list[float]]:
+    """For each image the weights of its AND parts, from the host's composed conditioning."""
+    return [[part.weight for part in image] for image in cond.batch]
+
+
+def wanted_records() -> Keep:
+    """The records that the settings want of a pass; raises SettingError."""
+    kinds = [kind for kind in PREVIEWS if read_option(f"preview_{kind}")]
+    rows = MAP_PARAMETERS if "maps" in kinds else ()
+    return Keep.read(kinds, {row.key: read_option(f"preview_{row.key}") for row in rows})
 
 
 @contextmanager
 def announced_levels(
-    sampler: Any, session: FusionSession, wrap_callback: Callable[[Any, Mapping[str, Any]], Any] | None = None
-) -> Iterator[None]:
+    sampler: Any, session: FusionSession, levels_of: Callable[[Mapping[str, Any]], list[float]],
+    wrap_callback: Callable[[Any, Mapping[str, Any]], Any] | None = None,
+) -> Iterator[None]:  # fmt: skip
     """Gives the session the pass's noise levels, which the host hands to its sampling function and to nobody else.
 
     FreeU's schedule and skipping go by them, since counters count something else than steps with second-order samplers,
@@ -105,7 +126,7 @@ def announced_levels(
 
     def func(*args: Any, **kwargs: Any) -> Any:
         try:
-            session.begin(levels_of(kwargs, sampler.model_wrap_cfg.steps))
+            session.begin(levels_of(kwargs))
         except KeyError:
             if session.freeu or session.skips is not None:
                 raise

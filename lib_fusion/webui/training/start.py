@@ -23,8 +23,9 @@ from lib_fusion.training.options import (
 )
 from lib_fusion.training.train import check_precision, check_settings
 from lib_fusion.unet.checkpoint import VAE_PREFIX, Checkpoint
+from lib_fusion.webui.a1111.experts import guess_config, prediction_of_config
 from lib_fusion.webui.models import aggregators
-from lib_fusion.webui.models.experts import find_checkpoint, guess_config, prediction_of_config
+from lib_fusion.webui.models.checkpoints import find_checkpoint
 from lib_fusion.webui.runtime import runtime
 
 #: Kinds of checkpoints that can be trained with.

@@ -15,7 +15,7 @@ from lib_fusion.requests.parameters import Parameter
 from lib_fusion.training import view as training_view
 from lib_fusion.training.jobs import EVALUATION
 from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
-from lib_fusion.webui.models import experts
+from lib_fusion.webui.models import checkpoints
 from lib_fusion.webui.panel.panel import AT_ONCE
 from lib_fusion.webui.training import start as training
 
@@ -106,13 +106,14 @@ def build_form() -> tuple[Any, list[Any]]:
     )  # fmt: skip
     with gr.Row(elem_classes=["denoiser-fusion-row"]):
         models = gr.Dropdown(
-            label="Models, the base first", choices=experts.list_checkpoints(), value=[], multiselect=True,
+            label="Models, the base first", choices=checkpoints.list_checkpoints(), value=[], multiselect=True,
             elem_id=element("models"), tooltip="In the order in which they will be used: the base, then its experts.",
         )  # fmt: skip
         models.do_not_save_to_config = True
         ui_common.create_refresh_button(
-            models, sd_models.list_models, lambda: {"choices": experts.list_checkpoints()}, element("models_refresh")
-        )
+            models, sd_models.list_models, lambda: {"choices": checkpoints.list_checkpoints()},
+            element("models_refresh"),
+        )  # fmt: skip
     with gr.Row(elem_classes=["denoiser-fusion-narrow"]):
         controls = {row.key: make_control(row) for row in ROWS if row.key in MAIN}
     with gr.Accordion("More settings", open=False, elem_id=element("more")):

@@ -23,7 +23,7 @@ from torch import nn
 
 from lib_fusion.errors import SettingError
 from lib_fusion.log import logger
-from lib_fusion.webui.models.experts import read_config, read_weights, store_in_fp8
+from lib_fusion.webui.a1111.experts import read_config, read_weights, store_in_fp8
 
 #: What helps where an expert of another kind than the base has no usable text encoder.
 OTHER = "allowed: an expert with its own text encoder"

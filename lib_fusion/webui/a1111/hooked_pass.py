@@ -19,19 +19,21 @@ from torch import nn
 from lib_fusion.errors import FusionError
 from lib_fusion.fusion.hooks import Hooks, attach_freeu
 from lib_fusion.fusion.places import Places
-from lib_fusion.fusion.records import Keep
 from lib_fusion.fusion.rows import Rows
 from lib_fusion.fusion.session import FusionSession
-from lib_fusion.requests.settings import MAP_PARAMETERS, PLACES, PREVIEWS, FusionSettings
+from lib_fusion.requests.settings import PLACES, FusionSettings
 from lib_fusion.unet.layout import read_layout
-from lib_fusion.webui.models.aggregators import AggregatorCache, make_lockstep
-from lib_fusion.webui.models.experts import Expert, kind_of_model
-from lib_fusion.webui.models.placement import bring, chosen_place, put_back, settle, stream, waits_in_ram
-from lib_fusion.webui.options import read_option
-from lib_fusion.webui.sampling.contexts import Context
-from lib_fusion.webui.sampling.correcting import CORRECTORS
-from lib_fusion.webui.sampling.host_step import Call, HostStep
-from lib_fusion.webui.sampling.levels import adds_noise, limits_of, sigmas_of
+from lib_fusion.webui.a1111.contexts import Context
+from lib_fusion.webui.a1111.decoding import RoomForVae
+from lib_fusion.webui.a1111.experts import Expert, kind_of_model
+from lib_fusion.webui.a1111.host_step import Call, HostStep
+from lib_fusion.webui.a1111.joining import make_lockstep
+from lib_fusion.webui.a1111.levels import alpha_of, limits_of, sigmas_of
+from lib_fusion.webui.a1111.placement import bring, chosen_place, put_back, settle, stream, waits_in_ram
+from lib_fusion.webui.models.aggregators import AggregatorCache
+from lib_fusion.webui.sampling.correcting import correcting_callback
+from lib_fusion.webui.sampling.launch import wanted_records
+from lib_fusion.webui.sampling.levels import levels_of
 
 #: Base model -> the experts of a pass with it, and the context of each (None: it gets the base's conditioning).
 Equip = Callable[[nn.Module], "tuple[list[Expert], list[Context | None]]"]
@@ -181,32 +183,27 @@ class FusionPass:
 
     def begin_skipping(self, function: Any, arguments: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
         """The callback for the host's sampling function, which also corrects its latents where that is exact."""
-        callback, name = arguments["callback"], getattr(function, "__name__", "")
         denoiser, levels = self.sampler.model_wrap_cfg, self.session.schedule.levels
         self.session.schedule = replace(self.session.schedule, sigmas=sigmas_of(levels, denoiser, self.alphas))
-        noisy = self.session.skips.adds_noise = adds_noise(function, arguments)
-        if name not in CORRECTORS or noisy or denoiser.mask is not None or not combines_as_ever(denoiser):
-            self.session.skips.reach = 0
-            return callback
-        corrector = CORRECTORS[name](self.session, self.alphas)
+        is_plain = denoiser.mask is None and combines_as_ever(denoiser)
+        alphas = [alpha_of(denoiser, level, self.alphas) for level in levels]
+        return correcting_callback(
+            self.session, function, arguments, alphas, is_plain, lambda: self._step and self._step.step
+        )
 
-        def after_model(given: dict[str, Any]) -> None:
-            corrector.after_model(given["x"], given["denoised"], self._step and self._step.step)
-            callback(given)
+    def levels_of(self, arguments: Mapping[str, Any]) -> list[float]:
+        """The pass's noise levels in the sampler's own units."""
+        return levels_of(arguments, self.sampler.model_wrap_cfg.steps)
 
-        return after_model
+    def room_for_vae(self, free: Callable[[], None], tell: Callable[[str], None]) -> RoomForVae | None:
+        """Lets the VAE have the memory of experts that stay on the device."""
+        stays = self.experts and not waits_in_ram(self.sd_model)
+        return RoomForVae(self.sd_model, free, tell) if stays else None
 
 
 def combines_as_ever(denoiser: Any) -> bool:
     """Whether the halves are added up by the host's own rule, and not by another extension's (Dynamic Thresholding)."""
     return denoiser.combine_denoised.__module__ == sd_samplers_cfg_denoiser.__name__
-
-
-def wanted_records() -> Keep:
-    """The records that the settings want of a pass; raises SettingError."""
-    kinds = [kind for kind in PREVIEWS if read_option(f"preview_{kind}")]
-    rows = MAP_PARAMETERS if "maps" in kinds else ()
-    return Keep.read(kinds, {row.key: read_option(f"preview_{row.key}") for row in rows})
 
 
 def set_tiling(unet: nn.Module, tiling: bool) -> None:

@@ -10,8 +10,8 @@ from modules import devices, sd_models
 
 from lib_fusion.errors import FusionError
 from lib_fusion.unet.checkpoint import Checkpoint
-from lib_fusion.webui.models.loras import free_memory
-from lib_fusion.webui.models.placement import PLACES, chosen_place
+from lib_fusion.webui.a1111.loras import free_memory
+from lib_fusion.webui.a1111.placement import PLACES, chosen_place
 
 
 def shortage(checkpoints: Collection[str | None], loaded: Mapping[str, int]) -> tuple[float, float] | None:

@@ -17,7 +17,7 @@ from lib_fusion.fusion.blend import BASE
 from lib_fusion.fusion.lockstep import Lockstep, mean_context
 from lib_fusion.fusion.rows import take
 from lib_fusion.fusion.step import Step
-from lib_fusion.webui.sampling.contexts import (
+from lib_fusion.webui.a1111.contexts import (
     change_prediction,
     keep_marker,
     pad_alike,
@@ -26,12 +26,12 @@ from lib_fusion.webui.sampling.contexts import (
     take_rows,
     tokens_of,
     vector_of,
-    weights_of,
 )
-from lib_fusion.webui.sampling.levels import alpha_of, has_timesteps, leaves_out_uncond, output_scale
+from lib_fusion.webui.a1111.levels import alpha_of, has_timesteps, leaves_out_uncond, output_scale
+from lib_fusion.webui.sampling.launch import weights_of
 
 if TYPE_CHECKING:
-    from lib_fusion.webui.sampling.hooked_pass import FusionPass
+    from lib_fusion.webui.a1111.hooked_pass import FusionPass
 
 
 @dataclass(frozen=True)

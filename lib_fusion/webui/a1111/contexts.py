@@ -11,7 +11,7 @@ import torch
 from lib_fusion.fusion.rows import take
 
 if TYPE_CHECKING:
-    from lib_fusion.webui.models.conditioning import Conditioning
+    from lib_fusion.webui.a1111.conditioning import Conditioning
 
 #: The first token of a context that ControlNet has marked: all of it +-1024.
 MARKER = 1024.0
@@ -26,11 +26,6 @@ def change_prediction(raw: torch.Tensor, x: torch.Tensor, alpha: float, wanted: 
     a, b = math.sqrt(alpha), math.sqrt(1 - alpha)
     raw, x = raw.float(), x.float()
     return a * raw + b * x if wanted == "epsilon" else (raw - b * x) / a
-
-
-def weights_of(cond: Any) -> list[list[float]]:
-    """For each image the weights of its AND parts, from the host's composed conditioning."""
-    return [[part.weight for part in image] for image in cond.batch]
 
 
 class Context:

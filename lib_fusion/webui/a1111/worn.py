@@ -9,7 +9,6 @@ expert, too. Where the host adds LoRAs to outputs instead (its setting ``lora_fu
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from torch import nn
 
 from lib_fusion.errors import SettingError
 from lib_fusion.fusion.hooks import Hooks
+from lib_fusion.webui.models.lora_files import host
 
 #: The layers that the host puts LoRAs on.
 KINDS = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention)
@@ -44,12 +44,6 @@ class Wearable(Protocol):
 
     def to(self, device: torch.device) -> None:
         """Moves what is kept."""
-
-
-def host() -> Any:
-    """The host's LoRA extension, or None where it is switched off."""
-    networks = sys.modules.get("networks")
-    return networks if hasattr(networks, "loaded_networks") and hasattr(networks, "network_apply_weights") else None
 
 
 def touched(nets: Iterable[Any], layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -12,23 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from modules import devices, extra_networks, prompt_parser, sd_models_xl, shared
+from modules import devices, prompt_parser, sd_models_xl, shared
 from torch import nn
 
-from lib_fusion.errors import SettingError
 from lib_fusion.log import log_loaded
 from lib_fusion.requests.settings import MAX_EXPERTS, ExpertSettings
-from lib_fusion.webui.models.experts import Expert, ExpertKey, is_base, kind_of_model, make_key
-from lib_fusion.webui.models.loras import LoraCache, acting_calls, find_loras, with_embeddings
-from lib_fusion.webui.models.placement import home_of, on_device, settle, waits_in_ram
-from lib_fusion.webui.models.text_encoders import build_encoder, clone_encoder, share_embeddings
-from lib_fusion.webui.models.worn import merge_into
+from lib_fusion.webui.a1111.experts import Expert, ExpertKey, kind_of_model, make_key
+from lib_fusion.webui.a1111.loras import LoraCache, acting_calls, with_embeddings
+from lib_fusion.webui.a1111.placement import home_of, on_device, settle, waits_in_ram
+from lib_fusion.webui.a1111.text_encoders import build_encoder, clone_encoder, share_embeddings
+from lib_fusion.webui.a1111.worn import merge_into
+from lib_fusion.webui.models.checkpoints import is_base
+from lib_fusion.webui.models.lora_files import find_loras
+from lib_fusion.webui.models.prompts import old_scheduling, prompts_of, replace_texts
 from lib_fusion.webui.options import read_option
 
 #: How many sets of conditionings are kept: both passes of all experts.
 KEPT = 2 * MAX_EXPERTS
-#: Brackets in an expert's prompt. The host's reader of prompts takes minutes and gigabytes for some thousand.
-MOST_BRACKETS = 200
 
 
 @dataclass
@@ -133,39 +133,6 @@ class TextCache:
         if is_other:
             share_embeddings(encoder)
         return OwnEncoder(encoder, is_sdxl)
-
-
-def old_scheduling() -> bool:
-    return shared.opts.use_old_scheduling
-
-
-def prompts_of(p: Any) -> tuple[Any, Any, int, int | None, Any]:
-    """This pass's prompts, negative prompts, steps, hires steps and LoRA call, as the host conditions its own model."""
-    if not getattr(p, "is_hr_pass", False):
-        size = {"width": p.width, "height": p.height}
-        prompts, negatives, steps, hires_steps = p.prompts, p.negative_prompts, p.firstpass_steps, None
-        extra = p.extra_network_data
-    else:
-        from modules import sd_samplers
-
-        size = {"width": p.hr_upscale_to_x, "height": p.hr_upscale_to_y}
-        prompts, negatives, steps = p.hr_prompts, p.hr_negative_prompts, p.firstpass_steps
-        config = sd_samplers.find_sampler_config(p.hr_sampler_name or p.sampler_name)
-        hires_steps = p.hr_second_pass_steps or p.steps
-        hires_steps = config.total_steps(hires_steps) if config else hires_steps
-        extra = p.hr_extra_network_data
-    negatives = prompt_parser.SdConditioning(negatives, is_negative_prompt=True, **size)
-    return prompt_parser.SdConditioning(prompts, **size), negatives, steps, hires_steps, extra
-
-
-def replace_texts(prompts: Any, text: str, field: str) -> Any:
-    """The expert's own text, without LoRAs, for every picture."""
-    if sum(map(text.count, "()[]")) > MOST_BRACKETS:
-        raise SettingError(field, text, f"allowed: at most {MOST_BRACKETS} brackets")
-    plain, networks = extra_networks.parse_prompts([text])
-    if networks:
-        raise SettingError(field, text, "allowed: a prompt without <...>; LoRAs are named in the prompt")
-    return prompt_parser.SdConditioning(plain * len(prompts), copy_from=prompts)
 
 
 def encode(

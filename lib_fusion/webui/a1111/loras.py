@@ -1,4 +1,4 @@
-"""LoRAs of one expert alone: those that its own prompt names, looked up in the host's list, loaded, kept.
+"""LoRAs of one expert alone: those that its own prompt names, loaded by the host's code, and kept.
 
 How they act, on layers that the expert shares with the base: ``worn.py``.
 """
@@ -9,8 +9,6 @@ import copy
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +17,11 @@ from safetensors import safe_open
 from torch import nn
 
 from lib_fusion.errors import SettingError
-from lib_fusion.files import file_version
 from lib_fusion.log import logger
-from lib_fusion.requests.loras import LoraTag, read_tags, tell_near
 from lib_fusion.requests.settings import PLACES, ExpertSettings
-from lib_fusion.webui.models.placement import chosen_place
-from lib_fusion.webui.models.worn import NAME, MergedAtEachCall, Wearable, Worn, host, merge_all, restore, touched
+from lib_fusion.webui.a1111.placement import chosen_place
+from lib_fusion.webui.a1111.worn import NAME, MergedAtEachCall, Wearable, Worn, merge_all, restore, touched
+from lib_fusion.webui.models.lora_files import LoraCall, file_of, find, find_loras, host
 
 #: How much of a GPU's free memory merged layers may take; for more they are merged at each call.
 SHARE = 0.5
@@ -32,29 +29,13 @@ SHARE = 0.5
 UNET = "diffusion_model_"
 
 
-@dataclass(frozen=True)
-class LoraCall(LoraTag):
-    """A LoRA as it is to act. ``changed``: the file's version, since another may have the same name."""
-
-    file: str = ""
-    changed: tuple[int, int] = (0, 0)
-
-
 def acting_calls() -> tuple[LoraCall, ...]:
     """The LoRAs that the host has switched on for the picture."""
     networks = host()
     return () if networks is None else tuple(
-        LoraCall(n.name, n.te_multiplier, n.unet_multiplier, n.dyn_dim, *_file(n.network_on_disk))
+        LoraCall(n.name, n.te_multiplier, n.unet_multiplier, n.dyn_dim, *file_of(n.network_on_disk))
         for n in networks.loaded_networks
     )  # fmt: skip
-
-
-def find_loras(text: str, field: str) -> tuple[str, tuple[LoraCall, ...]]:
-    """An expert's prompt without its LoRAs, and them as the host has them in its list; raises SettingError."""
-    plain, tags = read_tags(text, field)
-    if tags and host() is None:
-        raise SettingError(field, f"<lora:{tags[0].name}:..>", "the WebUI's own extension Lora is switched off")
-    return plain, tuple(LoraCall(*astuple(tag), *_file(find(tag.name, field))) for tag in tags)
 
 
 def loras_of(expert: ExpertSettings, field: str) -> tuple[LoraCall, ...]:
@@ -62,42 +43,6 @@ def loras_of(expert: ExpertSettings, field: str) -> tuple[LoraCall, ...]:
     own = find_loras(expert.prompt, f"{field}.prompt")[1]
     named = [call.name for call in own]
     return (*(call for call in (acting_calls() if expert.loras else ()) if call.name not in named), *own)
-
-
-def find(name: str, field: str) -> Any:
-    """The host's entry of a name or alias, by its own rule; raises SettingError with the names that are near it.
-
-    Where there is none it looks into the folder again, as the host does.
-    """
-    networks = host()
-    for refresh in (lambda: None, lambda: networks.update_available_networks_by_names([name])):
-        refresh()
-        forbidden = name.lower() in networks.forbidden_network_aliases
-        known = networks.available_networks if forbidden else networks.available_network_aliases
-        if name in known:
-            break
-    else:
-        raise SettingError(field, f"<lora:{name}:..>", f"no such LoRA; {tell_near(name, networks.available_networks)}")
-    if not known[name].filename.endswith(".safetensors"):
-        raise SettingError(field, f"<lora:{name}:..>", "allowed: .safetensors files")
-    return known[name]
-
-
-def hashes_of(experts: Iterable[ExpertSettings]) -> dict[str, str]:
-    """Names in the experts' prompts -> hashes of their files, as the host writes both into infotexts."""
-    networks, found = host(), {}
-    for i, expert in enumerate(experts):
-        for call in find_loras(expert.prompt, f"experts[{i}].prompt")[1]:
-            on_disk = find(call.name, f"experts[{i}].prompt")
-            on_disk.read_hash()
-            if on_disk.shorthash:
-                found[call.name.translate(networks.extra_network_lora.remove_symbols)] = on_disk.shorthash
-    return found
-
-
-def _file(on_disk: Any) -> tuple[str, tuple[int, int]]:
-    path = Path(on_disk.filename)
-    return str(path), file_version(path) if path.is_file() else (0, 0)
 
 
 class Networks:
