@@ -270,9 +270,9 @@ HOOKS: list[tuple[str, int, dict, dict]] = [
     (W + "script:_is_left_out", 1, {"passes": "hires"}, HIRES),
     (W + "script:compare.keep_request", 1, {"compare": True}, {}),
     # a pass: made, attached, given the levels, taken off
-    *[(W + f"sampling.launch:{name}", 1, TWO, {}) for name in ("launch", "check_parts", "announced_levels")],
+    *[(W + f"sampling.launch:{name}", 1, TWO, {}) for name in ("launch", "announced_levels")],
     (W + "a1111.adapter:prepare", 1, TWO, {}),
-    *[(S + f"launch:{name}", 1, TWO, {}) for name in ("find_expert", "check_base", "check_passes")],
+    *[(S + f"launch:{name}", 1, TWO, {}) for name in ("find_expert", "check_base", "check_parts", "check_passes")],
     *[(S + f"hooked_pass:{name}", 1, TWO, {}) for name in (
         "FusionPass.__init__", "FusionPass.attach", "FusionPass.detach", "FusionPass.finish", "set_tiling")],
     (S + "hooked_pass:levels_of", 1, FREEU, {}),
