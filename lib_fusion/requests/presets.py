@@ -61,7 +61,7 @@ class Presets:
         """Keeps values under a name of a person's own; a wrong value or a shipped name is refused."""
         name = (name or "").strip()
         if not name or len(name) > LONGEST_NAME or name in SHIPPED:
-            allowed = f"a name of your own of at most {LONGEST_NAME} characters, other than those of the shipped presets"
+            allowed = f"a name of your own, of at most {LONGEST_NAME} characters, that no shipped preset has"
             raise SettingError("preset", name, f"allowed: {allowed}")
         FusionSettings.from_dict(values)
         self._write({**self._read(), name: values})
