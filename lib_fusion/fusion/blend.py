@@ -78,6 +78,12 @@ class Blend:
             return active
         return self._averaged(active) if timestep > self.settings.snb_from else self._drawing(active)
 
+    @property
+    def needs_uncond(self) -> bool:
+        """Whether the models' saliencies decide, for which each has to predict without the prompt, too."""
+        is_snb = self.settings.method == "SNB" and self.num_models > 1
+        return is_snb and self._decides(range(self.num_models))
+
     def in_lockstep(self, timestep: float) -> bool:
         """Whether the models of ``models_at`` make one prediction together (AFA): the base's, under its hooks."""
         return self.settings.method == "AFA" and self.num_models > 1 and self.settings.in_window(timestep)

@@ -138,15 +138,18 @@ class Lockstep:
     def _is_running(self) -> bool:
         return self._texts is not None and self._mean_embedding is not None
 
-    def _run_experts(self, index: int, h: torch.Tensor) -> list[torch.Tensor]:
-        """Each expert's block on the base's input. Not through hooks: an expert may be the base itself."""
+    def _run_experts(self, index: int, h: torch.Tensor, others: tuple = ()) -> list[torch.Tensor]:
+        """Each expert's block on the base's input. Not through hooks: an expert may be the base itself.
+
+        ``others``: what a host's blocks are given after the context, such as the size to grow to.
+        """
         assert self._texts is not None
         outputs = []
         parts = zip(self._layouts, self._embeddings, self._texts[0], self._wearing, strict=True)
         for layout, embedding, context, wearing in parts:
             block = layout.points[index].module
             with self.held(block), wearing(block):
-                outputs.append(block.forward(h.to(embedding.dtype), embedding, context.to(embedding.dtype)))
+                outputs.append(block.forward(h.to(embedding.dtype), embedding, context.to(embedding.dtype), *others))
         return outputs
 
     def _aggregate(self, index: int, outputs: list[torch.Tensor]) -> torch.Tensor:
@@ -170,13 +173,13 @@ class Lockstep:
         def hook(_: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
             if not self._is_running:
                 return None
-            return self._aggregate(index, [output, *self._run_experts(index, args[0])])
+            return self._aggregate(index, [output, *self._run_experts(index, args[0], args[3:])])
 
         return hook
 
     def _keep_last(self, _: nn.Module, args: tuple, output: torch.Tensor) -> None:
         if self._is_running:
-            self._last = self._run_experts(-1, args[0])
+            self._last = self._run_experts(-1, args[0], args[3:])
 
     def _out(self, _: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
         if not self._is_running:
@@ -197,7 +200,8 @@ def embed(
 ) -> torch.Tensor:  # fmt: skip
     """A U-Net's time embedding (B,E) of timesteps (B,), with its label embedding of SDXL's vector (B,V)."""
     first = unet.time_embed[0]
-    dtype = first.weight.dtype if first.weight.dtype.itemsize > 1 else torch.float32  # in float8 nothing computes
+    stored = first.weight.dtype if first.weight.dtype.itemsize > 1 else torch.float32  # in float8 nothing computes
+    dtype = getattr(unet, "computation_dtype", stored)  # Forge's U-Nets say what they compute in
     with held(unet.time_embed), wearing(unet.time_embed):
         embedding = unet.time_embed(timestep_embedding(timesteps, first.in_features).to(dtype))
     if vector is None:

@@ -7,6 +7,7 @@ each U-Net call, then ``observe`` and ``fuse`` once it has them all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,20 +26,21 @@ class Step:
 
     ``latents``: each picture's (C,H,W) as the sampler holds it; None where nothing may be skipped in this step.
     ``sigma_scaled``: whether that is picture + sigma * noise; else it is variance-preserving. ``whole``: a model is run
-    for all pictures or for none. ``predicts_v``: whether the outputs of this step are v predictions; else they are
-    noise. Models that predict otherwise are converted by the host.
+    for all pictures or for none. ``outputs``: what the models' outputs are in this step, ``noise``, ``v``, or
+    ``denoised`` latents where ``x`` of ``run`` is picture + sigma * noise. Models that predict otherwise are converted
+    by the host. ``has_uncond``: whether the host has unconditional rows; it may have none at a guidance scale of 1.
     """
 
     def __init__(
         self, session: FusionSession, level: Level, rows: Rows, latents: Sequence[torch.Tensor] | None = None, *,
-        sigma_scaled: bool = False, whole: bool = False, predicts_v: bool = False,
+        sigma_scaled: bool = False, whole: bool = False, outputs: str = "noise", has_uncond: bool = True,
     ) -> None:  # fmt: skip
         self.session, self.level, self.rows = session, level, rows
         self.is_joint = session.blend.in_lockstep(level.timestep)
         self.models = session.blend.models_at(level.timestep)
         self.scale = session.guidance_at(level.timestep)
         #: Without guidance the unconditional rows play no part, so no model computes them.
-        self.spares_uncond = self.scale == 1 != session.guidance_scale and rows.is_plain
+        self.spares_uncond = rows.is_plain and self.scale == 1 and (session.guidance_scale != 1 or not has_uncond)
         self._shares = Shares(parts={self.models[0]: 1.0})
         self._skips = None if latents is None else session.skips
         self._whole = whole
@@ -46,8 +48,7 @@ class Step:
         self._needed: dict[int, list[int]] = {}
         self._noises: dict[int, dict[int, torch.Tensor]] = {}
         self._owners = rows.owners
-        # noise = signal * output + shift * input
-        self._signal, self._shift = (level.signal, level.noise) if predicts_v else (1.0, 0.0)
+        self._signal, self._shift = noise_of(outputs, level)
         if latents is not None and self._skips is not None:
             self._skips.begin_step(latents, 1.0 if sigma_scaled else level.signal, self.is_joint, self.spares_uncond)
 
@@ -197,3 +198,11 @@ class Step:
         """Conditional and unconditional noise (B,C,H,W) of each model, up to what is common to both."""
         combined = {model: self.rows.combine(self.output(model).float() * self._signal) for model in self.models}
         return {i: cond for i, (cond, _) in combined.items()}, {i: uncond for i, (_, uncond) in combined.items()}
+
+
+def noise_of(outputs: str, level: Level) -> tuple[float, float]:
+    """The factors a, b of ``noise = a * output + b * input``, by what outputs are (as ``Step`` takes it)."""
+    if outputs == "denoised":
+        sigma = math.exp(level.log_sigma)
+        return -1 / sigma, 1 / sigma
+    return (level.signal, level.noise) if outputs == "v" else (1.0, 0.0)

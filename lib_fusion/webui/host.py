@@ -3,7 +3,8 @@
 An adapter is a module with
 
 - ``NAME``: for the log; ``HAS_PLACE``: whether the setting *Where an expert waits* acts;
-- ``make_models()``: what stays loaded between requests, with ``sizes``, ``bytes``, ``free``, ``settle``, ``shortage``;
+- ``make_models()``: what stays loaded between requests, with ``sizes``, ``bytes``, ``free``, ``settle``,
+  ``shortage``, and ``remedy``, a clause on what helps where memory is short;
 - ``register(runtime)``: puts on the host's callbacks that it needs;
 - ``prepare(runtime, p, settings, masks)``: called before every sampling, never raises; what it returns is called inside
   the sampler's launch and makes the pass (``sampling/launch.py:SamplingPass``), or raises what is wrong;

@@ -233,10 +233,15 @@ class EverySecond(Policy):
         return []
 
 
-@pytest.mark.parametrize("predicts_v", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "a", "b"), [("noise", 1.0, 0.0), ("v", 0.5**0.5, 0.5**0.5), ("denoised", -1.0, 1.0)]
+)
 @pytest.mark.parametrize("splits", [[4], [2, 2], [3, 1]])
-def test_rows_that_are_not_needed_are_forecast(predicts_v: bool, splits: list[int]) -> None:
-    """Picture 1 is forecast in the second step, as noise, and put into the rows as the model's own prediction."""
+def test_rows_that_are_not_needed_are_forecast(kind: str, a: float, b: float, splits: list[int]) -> None:
+    """Picture 1 is forecast in the second step, as noise, and put into the rows as the model's own prediction.
+
+    The noise is ``a`` times that and ``b`` times the input: at the second step's alpha of 0.5 sigma is 1.
+    """
     policies = {0: EverySecond(0.0), 1: EverySecond(0.25)}
     policies[0].steps = 5  # never skips
     s = session(experts=0, skipping="Forecast")
@@ -246,7 +251,7 @@ def test_rows_that_are_not_needed_are_forecast(predicts_v: bool, splits: list[in
     x = torch.randn(4, 4, *SIZE, generator=torch.Generator().manual_seed(9))
     for alpha in (0.2, 0.5):
         level = Level(500, alpha)
-        step = Step(s, level, Rows.plain(2), list(x[:2]), predicts_v=predicts_v)
+        step = Step(s, level, Rows.plain(2), list(x[:2]), outputs=kind)
         models.calls.clear()
         start, outputs = 0, []
         for n in splits:
@@ -256,7 +261,6 @@ def test_rows_that_are_not_needed_are_forecast(predicts_v: bool, splits: list[in
     output = torch.cat(outputs)
     assert [row for _, rows in models.calls for row in rows] == [0, 2]
     assert torch.equal(output[[0, 2]], models.outputs[0][[0, 2]])
-    a, b = (0.5**0.5, 0.5**0.5) if predicts_v else (1.0, 0.0)
     torch.testing.assert_close(a * output[[1, 3]] + b * x[[1, 3]], torch.full((2, 4, *SIZE), 0.25))
     assert s.rows == [4 + 2]
     assert s.skipped_rows == [2]
@@ -359,7 +363,7 @@ def test_a_steps_stride_is_its_span_over_the_mean_span() -> None:
 def test_the_saliency_of_v_predictions_is_that_of_their_noise() -> None:
     """Up to what both halves share the noise is sqrt(alpha) v; maps of unlike sharpness show the factor."""
     cond, uncond = predictions(2)
-    step = Step(session(k_expert=3), Level(500, 0.1), Rows.plain(2), predicts_v=True)
+    step = Step(session(k_expert=3), Level(500, 0.1), Rows.plain(2), outputs="v")
     step.run(range(4), torch.zeros(4, 4, *SIZE), halves(cond, uncond))
     root = 0.1**0.5
     saliencies = [snb.saliency(root * cond[i], root * uncond[i], 7) for i in range(2)]

@@ -122,8 +122,8 @@ class HostStep:
         level = session.schedule.level(value, timestep, alpha_of(self.denoiser, value, self.fusion.alphas))
         whole = has_other_forward(sd_model.model.diffusion_model)
         scaled = not has_timesteps(self.denoiser)
-        is_v = sd_model.parameterization == "v"
-        return Step(session, level, self.rows, latents, sigma_scaled=scaled, whole=whole, predicts_v=is_v)
+        outputs = "v" if sd_model.parameterization == "v" else "noise"
+        return Step(session, level, self.rows, latents, sigma_scaled=scaled, whole=whole, outputs=outputs)
 
     def _leaves_out_uncond(self, sigma: float) -> bool:
         return leaves_out_uncond(self.denoiser, sigma, self.fusion.sampler.sampler_extra_args["s_min_uncond"])

@@ -15,6 +15,10 @@ from lib_fusion.webui.models.aggregators import AggregatorCache
 
 
 class Models:
+    """``remedy``: what helps where memory is short."""
+
+    remedy = "Settings > Denoiser Fusion lets experts wait in RAM"
+
     def __init__(self) -> None:
         self.experts, self.texts, self.aggregators = ExpertCache(), TextCache(), AggregatorCache()
 

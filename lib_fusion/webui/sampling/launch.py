@@ -14,8 +14,7 @@ from lib_fusion.requests.settings import MAP_PARAMETERS, PREVIEWS, FusionSetting
 from lib_fusion.webui.options import read_option
 from lib_fusion.webui.refusal import RequestRefusedError
 
-OUT_OF_MEMORY = ("Denoiser Fusion: the models do not fit into memory together, so the experts have been unloaded; "
-                 "Settings > Denoiser Fusion lets experts wait in RAM")  # fmt: skip
+OUT_OF_MEMORY = "Denoiser Fusion: the models do not fit into memory together, so the experts have been unloaded"
 
 
 class SamplingPass(Protocol):
@@ -73,7 +72,7 @@ def launch(
         release(error)
         runtime.free()  # after any error the next picture has all memory, and loads again what it needs
         if is_out_of_memory(error):
-            raise RequestRefusedError(f"{OUT_OF_MEMORY} ({error})", status_code=500) from error
+            raise RequestRefusedError(f"{OUT_OF_MEMORY}; {runtime.models.remedy} ({error})", status_code=500) from error
         raise
     runtime.keep_room(fusion.room_for_vae(runtime.free, p.comment))
     seconds = time.perf_counter() - began
