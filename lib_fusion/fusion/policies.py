@@ -74,15 +74,18 @@ class Skips:
     def begin_step(
         self, latents: Sequence[torch.Tensor], signal: float = 1.0, is_joint: bool = False, spares_uncond: bool = False
     ) -> None:
-        """Begins a step; a change of either of the last two clears the history.
+        """Begins a step. The history is cleared where the models join or part, or unconditional rows come back.
 
         ``latents``: each picture's (C,H,W), as the sampler holds it, with the picture in it scaled by ``signal``.
         ``is_joint``: the models make one prediction, the base's (AFA). ``spares_uncond``: unconditional rows are not
         computed.
         """
-        if (is_joint, spares_uncond) != (self._is_joint, self._spares_uncond):
+        if is_joint != self._is_joint or self._spares_uncond > spares_uncond:
             self._policies.clear()
-            self._is_joint, self._spares_uncond = is_joint, spares_uncond
+        elif spares_uncond > self._spares_uncond:
+            for policy in self._policies.values():
+                policy.end_guidance()
+        self._is_joint, self._spares_uncond = is_joint, spares_uncond
         if self._watched is not latents:
             self.watch(latents)
         self._latents, self._signal, self._watched = latents, signal, None

@@ -85,6 +85,9 @@ class Policy:
         """Takes the value of ``measured``."""
         self.measured = None
 
+    def end_guidance(self) -> None:
+        """From the next step on the guidance scale is 1, and the last row is a copy of the first."""
+
     def may_skip(self, log_sigma: float, stride: float = 1.0) -> bool:
         """Whether this step's prediction, at this noise level, may be skipped; ``stride``: as ``Level`` has it."""
         raise NotImplementedError
@@ -160,17 +163,18 @@ class Forecaster(Policy):
     for each computed prediction that had a forecast.
     """
 
-    def __init__(self, tolerance: float = 0.05, max_skips: int = 2, warmup: int = 4) -> None:
+    def __init__(self, tolerance: float = 0.08, max_skips: int = 2, warmup: int = 4) -> None:
         super().__init__()
         self.tolerance, self.max_skips, self.warmup = tolerance, max_skips, max(warmup, 3)
         self._nodes: list[tuple[float, torch.Tensor]] = []  # the last three computed: log sigma, noise
-        self._skipped: list[tuple[float, torch.Tensor]] = []  # since then: log sigma, forecast
+        self._skipped: list[tuple[float, torch.Tensor]] = []  # since then, to be corrected: log sigma, forecast
+        self._in_row = 0
         self._computed = 0
         self._error_spans = 0.0
         self._curvature = float("inf")
 
     def may_skip(self, log_sigma: float, stride: float = 1.0) -> bool:
-        if self.tolerance <= 0 or self._computed < self.warmup or len(self._skipped) >= self.max_skips:
+        if self.tolerance <= 0 or self._computed < self.warmup or self._in_row >= self.max_skips:
             return False
         estimate = self.estimate(log_sigma, stride)
         return estimate is not None and estimate <= self.tolerance
@@ -188,6 +192,7 @@ class Forecaster(Policy):
         """The noise (K,C,H,W) at this level, extrapolated linearly in log sigma from the last two computed."""
         value = _interpolate(self._nodes[-2:], log_sigma)
         self._skipped.append((log_sigma, value))
+        self._in_row += 1
         return self._to_noise(log_sigma, value, latent)
 
     def observe(
@@ -209,8 +214,14 @@ class Forecaster(Policy):
             self._error_spans = self._spans(log_sigma)
         self._nodes = [*self._nodes[-2:], (log_sigma, self._from_noise(log_sigma, noise, latent))]
         self._computed += 1
+        self._in_row = 0
         skipped, self._skipped = self._skipped, []
         return [(level, CORRECTION * (_interpolate(self._nodes, level) - was)) for level, was in skipped]
+
+    def end_guidance(self) -> None:
+        """The history goes on without the unconditional row; what was skipped under guidance stays uncorrected."""
+        self._nodes = [(level, value[:1].expand_as(value)) for level, value in self._nodes]
+        self._skipped = []
 
     def settle(self, value: float) -> None:
         """Takes the error of the last forecast that a computed noise was compared with."""
@@ -238,7 +249,7 @@ class DenoisedForecaster(Forecaster):
     D extrapolated and the x that is there follows it. Nothing is corrected: steps are not taken again with new noise.
     """
 
-    def __init__(self, tolerance: float = 0.05, max_skips: int = 2, warmup: int = 4) -> None:
+    def __init__(self, tolerance: float = 0.08, max_skips: int = 2, warmup: int = 4) -> None:
         super().__init__(tolerance * DENOISED_TOLERANCE, max_skips, warmup)
 
     def observe(

@@ -43,7 +43,7 @@ FREEU_STAGES = {1: 4, 2: 2, 3: 1}
 
 #: Ready-made amounts of skipping by forecasts; the first is the rows' own default.
 SKIP_PRESETS: dict[str, dict[str, Any]] = {
-    "Faithful": {"skip_tolerance": 0.05, "skip_max": 2},
+    "Faithful": {"skip_tolerance": 0.08, "skip_max": 2},
     "Balanced": {"skip_tolerance": 0.1, "skip_max": 3},
     "Fast": {"skip_tolerance": 0.2, "skip_max": 3},
 }
@@ -256,7 +256,7 @@ class FusionSettings:
         "is measured as it goes. Paper: AdaptiveDiffusion's rule, the last result is used again.",
         choices=("Off", "Forecast", "Paper"))
     skip_tolerance: float = row(
-        0.05, "skip tolerance",
+        0.08, "skip tolerance",
         "Forecast: how wrong a forecast may be, relative to the guided noise; more skips more, 0 skips nothing.",
         low=0, high=10, step=0.01, earlier=0.15)
     skip_threshold: float = row(

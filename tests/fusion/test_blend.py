@@ -297,19 +297,24 @@ def test_composed_prompts_keep_their_unconditional_rows() -> None:
     assert not step.spares_uncond
 
 
-def test_skipping_begins_again_where_the_unconditional_rows_end() -> None:
-    made: list[EverySecond] = []
+def test_skipping_goes_on_where_the_unconditional_rows_end() -> None:
+    """Both savings count: half rows there, of which the forecast ones are spared, too."""
     s = session(experts=0, skipping="Forecast", guidance="always", guidance_until=500, guidance_after=1)
-    s.skips = Skips(s.settings, make=lambda *_: made.append(EverySecond(0.5)) or made[-1])
+    made = [EverySecond(0.5), EverySecond(0.5)]
+    ended = []
+    for policy in made:
+        policy.end_guidance = lambda policy=policy: ended.append(policy)
+    s.skips = Skips(s.settings, make=lambda _model, picture: made[picture])
     models = halves(*predictions(1))
+    outputs = []
     for t in (700, 400, 300):
         step = Step(s, Level(t, 0.5), Rows.plain(2), list(torch.zeros(2, 4, *SIZE)))
-        output = step.run(range(4), torch.zeros(4, 4, *SIZE), models)
+        outputs.append(step.run(range(4), torch.zeros(4, 4, *SIZE), models))
         step.observe()
-    assert len(made) == 4  # two pictures, before and after
+        assert ended == (made if t <= 400 else [])
     assert [rows for _, rows in models.calls] == [[0, 1, 2, 3], [0, 1]]
-    assert torch.equal(output, torch.full_like(output, 0.5))
-    _, noise, weights, *_ = made[2].seen[0]
+    assert torch.equal(outputs[1], torch.full_like(outputs[1], 0.5))
+    _, noise, weights, *_ = made[0].seen[1]
     assert weights == [1, 0]
     assert torch.equal(noise[0], noise[1])
     assert s.rows == [6]

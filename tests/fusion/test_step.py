@@ -447,13 +447,25 @@ def test_how_far_back_corrections_go(values: dict, reach: int) -> None:
     assert Skips(FusionSettings.from_dict({"skipping": "Forecast", **values})).reach == reach
 
 
-def test_a_step_keeps_the_history_unless_it_is_of_another_sort() -> None:
+@pytest.mark.parametrize(
+    ("before", "after", "begins_again"),
+    [
+        ({}, {}, False),
+        ({}, {"is_joint": True}, True),
+        ({"is_joint": True}, {"is_joint": True}, False),
+        ({"is_joint": True}, {}, True),
+        ({}, {"spares_uncond": True}, False),
+        ({"spares_uncond": True}, {"spares_uncond": True}, False),
+        ({"spares_uncond": True}, {}, True),
+    ],
+)
+def test_a_step_keeps_the_history_unless_it_is_of_another_sort(before: dict, after: dict, begins_again: bool) -> None:
     made: list[EverySecond] = []
     skips = Skips(FusionSettings(skipping="Forecast"), make=lambda *_: made.append(EverySecond(0.0)) or made[-1])
-    for options in ({"is_joint": False, "spares_uncond": False}, {}, {"is_joint": True}, {"is_joint": True}):
+    for options in (before, after):
         skips.begin_step([torch.zeros(4, *SIZE)], **options)
         skips.needed(0, Level(500, 0.5))
-    assert len(made) == 2
+    assert len(made) == 1 + begins_again
 
 
 def test_the_record_of_skips() -> None:

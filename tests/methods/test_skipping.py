@@ -186,6 +186,27 @@ def test_a_correction_goes_by_the_last_three_computed():
     torch.testing.assert_close(change, CORRECTION * (expected - was))
 
 
+def test_where_guidance_ends_the_history_goes_on_without_the_unconditional_row():
+    """The conditional row's line goes on, the other is its copy, and no step under guidance is corrected by it."""
+    course = [torch.full((1, 2, 2), 1.0), torch.full((1, 2, 2), 3.0)]  # of the conditional and unconditional row
+
+    def noise(level: float, has_guidance: bool = True) -> torch.Tensor:
+        return torch.stack([course[0] * level, (course[1] if has_guidance else course[0]) * level])
+
+    policy = Forecaster(tolerance=1.0, max_skips=2, warmup=4)
+    for i in range(4):
+        see(policy, 4.0 - 0.1 * i, noise(4.0 - 0.1 * i))
+    assert policy.may_skip(3.6)
+    policy.forecast(3.6, LATENT)
+    policy.end_guidance()
+    assert policy.may_skip(3.5)
+    torch.testing.assert_close(policy.forecast(3.5, LATENT), noise(3.5, has_guidance=False))
+    assert not policy.may_skip(3.4)  # two in a row, across the end
+    assert [level for level, _ in see(policy, 3.4, noise(3.4, has_guidance=False))] == [3.5]
+    assert policy.errors[-1] == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(policy.forecast(3.3, LATENT), noise(3.3, has_guidance=False))
+
+
 def test_the_papers_policy_skips_four_in_a_row_unless_told():
     line = [torch.full((1, 2, 2), float(i)) for i in range(20)]
     expected = [False] * 3 + [True] * 5 + [False, True, True, True, True] * 2 + [False, True]
