@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from tests.webui_live.client import Client
-from tests.webui_live.host import Host, copy_demo, make_checkpoints, prepare_data
+from tests.webui_live.host import Host, copy_demo, fake_cuda, make_checkpoints, prepare_data
 from tests.webui_live.needs import the_host
 
 SETTINGS = {"samples_save": False, "grid_save": False, "do_not_show_images": False, "live_previews_enable": True,
             "show_progress_every_n_steps": 2, "lora_functional": False}  # fmt: skip
+#: On the stand-in for a CUDA device, which has no random numbers and no memory-efficient kernels of its own.
+ON_FAKE_CUDA = {"randn_source": "CPU", "cross_attention_optimization": "sdp - scaled dot product"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Names:
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     folder, python = the_host()
     data = tmp_path_factory.mktemp("webui")
-    demo = prepare_data(data, SETTINGS)
+    demo = prepare_data(data, SETTINGS | (ON_FAKE_CUDA if fake_cuda() else {}))
     make_checkpoints(data, python, folder)
     if "general" in demo:
         copy_demo("general", data / "models/Stable-diffusion", "general_copy")

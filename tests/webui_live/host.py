@@ -20,10 +20,23 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 EXTENSION = "sd-webui-denoiser-fusion"
 VERSION = "1.10.1"
 DEMO = ("general", "animals", "vehicles", "food")
-FLAGS = ("--skip-prepare-environment", "--skip-torch-cuda-test", "--skip-python-version-check", "--use-cpu", "all",
-         "--no-half", "--precision", "full", "--api", "--do-not-download-clip", "--no-download-sd-model")  # fmt: skip
+ON_THE_CPU = ("--use-cpu", "all", "--no-half", "--precision", "full")
+FLAGS = ("--skip-prepare-environment", "--skip-torch-cuda-test", "--skip-python-version-check", *ON_THE_CPU,
+         "--api", "--do-not-download-clip", "--no-download-sd-model")  # fmt: skip
+#: With ``FUSION_FAKE_CUDA`` the WebUI runs on the stand-in for a CUDA device (``tests/fake_cuda``), with these flags.
+ON_FAKE_CUDA = {
+    "full": ("--no-half", "--precision", "full"), "half": (), "medvram": ("--medvram",), "lowvram": ("--lowvram",),
+}  # fmt: skip
 #: So long a start may take on a machine that others use, too.
 START_SECONDS = 600
+
+
+def fake_cuda() -> str:
+    """The kind of device that ``FUSION_FAKE_CUDA`` asks for; empty: none. Raises ValueError for an unknown one."""
+    kind = os.environ.get("FUSION_FAKE_CUDA", "")
+    if kind and kind not in ON_FAKE_CUDA:
+        raise ValueError(f"FUSION_FAKE_CUDA: {kind!r} is not allowed; allowed: {', '.join(ON_FAKE_CUDA)}")
+    return kind
 
 
 class NoHostError(Exception):
@@ -134,18 +147,24 @@ class HostDiedError(Exception):
 class Host:
     """A running WebUI. ``url`` is where it listens; ``log`` its output since it was last started.
 
-    ``checkpoint``: that to begin with, where no setting of the data directory says so.
+    ``checkpoint``: that to begin with, where no setting of the data directory says so. ``device``: a key of
+    ``ON_FAKE_CUDA``, or empty for the CPU; by default what ``FUSION_FAKE_CUDA`` says.
     """
 
     def __init__(self, data: Path, checkpoint: str | None, port: int | None = None, extra: tuple[str, ...] = (),
-                 python: Path | None = None, installation: Installation | None = None) -> None:  # fmt: skip
+                 python: Path | None = None, installation: Installation | None = None,
+                 device: str | None = None) -> None:  # fmt: skip
         found = installation or Installation(*find_host())
         self._folder = found.folder
         self.data, self.port = data, port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         file = data / "models/Stable-diffusion" / f"{checkpoint}.safetensors"
         first = ("--ckpt", str(file)) if checkpoint else ()
-        self._command = [str(python or found.python), "launch.py", *found.flags, "--port", str(self.port),
+        program, flags = ["launch.py"], found.flags
+        if installation is None and (kind := fake_cuda() if device is None else device):
+            program = [str(REPOSITORY / "tests/fake_cuda/__main__.py"), "launch.py"]
+            flags = (*(flag for flag in flags if flag not in ON_THE_CPU), *ON_FAKE_CUDA[kind])
+        self._command = [str(python or found.python), *program, *flags, "--port", str(self.port),
                          "--data-dir", str(data), *first, *extra]  # fmt: skip
         self.start()
 

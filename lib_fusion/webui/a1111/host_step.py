@@ -151,7 +151,8 @@ class HostStep:
         cond = self._cond_of(model, call.cond, rows)
         if expert.unet is None:  # the host's own forward, with whatever ControlNet has put there
             with expert.wearing():
-                return call.by(fusion.original, keep_marker(cond, call.cond))
+                # a marker can be there only under a forward of ControlNet's; looking for one waits for the device
+                return call.by(fusion.original, keep_marker(cond, call.cond) if self._has_other_forward else cond)
         with borrowed_forward(fusion.sd_model.model.diffusion_model, expert.unet):
             raw = call.by(fusion.original, cond)
         if expert.model.prediction == fusion.model.prediction:
@@ -169,7 +170,11 @@ class HostStep:
 
     def _unmarked(self, cond: dict[str, Any]) -> dict[str, Any]:
         """The host's conditioning without a marker of ControlNet's, which is there only under a forward of its own."""
-        return strip_marker(cond) if has_other_forward(self.fusion.sd_model.model.diffusion_model) else cond
+        return strip_marker(cond) if self._has_other_forward else cond
+
+    @property
+    def _has_other_forward(self) -> bool:
+        return has_other_forward(self.fusion.sd_model.model.diffusion_model)
 
 
 @contextmanager
