@@ -76,32 +76,32 @@ denoiserFusion.noteEdit = line => (line || '').replace(/^Applied: /, 'Changed si
         return [...painted.map(i => `denoiser-fusion-expert${i}-painted`), ...used.map(() => 'denoiser-fusion-places-used')];
     }
 
-    // A picture for a canvas, as a data URL: the gallery's selected one, its first, or a grey one of the picture's size.
+    // A picture for a canvas, as a PNG's data URL, which every host's canvas takes: the gallery's selected one, its
+    // first, or a grey one of the picture's size.
     denoiserFusion.lastPicture = async function(tab) {
         const gallery = gradioApp().querySelector(`#${tab}_gallery`);
         const chosen = gallery && (gallery.querySelector('.thumbnail-item.selected img') || gallery.querySelector('img'));
-        if (!chosen) return [greyPicture(tab)];
-        const blob = await (await fetch(chosen.src)).blob();
-        return new Promise(resolve => {
-            const reader = new FileReader();
-            reader.onload = () => resolve([reader.result]);
-            reader.readAsDataURL(blob);
-        });
-    };
-
-    function greyPicture(tab) {
+        const picture = new Image();
+        if (chosen) {
+            picture.src = chosen.src;
+            await picture.decode();
+        }
         const size = side => Number(gradioApp().querySelector(`#${tab}_${side} input`).value) || 512;
         const canvas = document.createElement('canvas');
-        canvas.width = size('width');
-        canvas.height = size('height');
+        canvas.width = picture.naturalWidth || size('width');
+        canvas.height = picture.naturalHeight || size('height');
         const context = canvas.getContext('2d');
         context.fillStyle = '#808080';
         context.fillRect(0, 0, canvas.width, canvas.height);
-        return canvas.toDataURL();
-    }
+        if (chosen) context.drawImage(picture, 0, 0);
+        return [canvas.toDataURL()];
+    };
 
     // Empties a canvas; its expert draws by saliency again, unless its place is another one.
-    denoiserFusion.clear = place => [null, place.trim().toLowerCase() === 'mask' ? 'auto' : place];
+    // ``parts``: of how many components the canvas is made.
+    denoiserFusion.clear = function(place, parts) {
+        return [place.trim().toLowerCase() === 'mask' ? 'auto' : place, ...Array(parts).fill(null)];
+    };
 
     // A stroke on an expert's canvas makes the painted mask its place.
     function setupCanvases(tab) {
@@ -109,12 +109,12 @@ denoiserFusion.noteEdit = line => (line || '').replace(/^Applied: /, 'Changed si
             const canvas = find(tab, `expert${i}_canvas`);
             if (!canvas) continue;
             let painting = false;
-            for (const name of ['mousedown', 'touchstart']) {
+            for (const name of ['pointerdown', 'touchstart']) {
                 canvas.addEventListener(name, event => {
                     painting = event.target.tagName === 'CANVAS';
                 }, true);
             }
-            for (const name of ['mouseup', 'touchend']) {
+            for (const name of ['pointerup', 'touchend']) {
                 window.addEventListener(name, () => {
                     if (painting) setPlace(tab, i, 'mask');
                     painting = false;

@@ -29,7 +29,6 @@ else:
     from lib_fusion.webui.host import adapter
     from lib_fusion.webui.panel import api, panel, xyz
     from lib_fusion.webui.runtime import runtime
-    from lib_fusion.webui.training import tab as training_tab
 
     class DenoiserFusionScript(scripts.Script):
         def title(self):
@@ -59,8 +58,11 @@ else:
     adapter.register(runtime)
     script_callbacks.on_before_ui(xyz.add_axes)
     script_callbacks.on_app_started(api.add_routes)
-    script_callbacks.on_ui_tabs(training_tab.build)
     script_callbacks.on_ui_settings(panel.add_options)
     script_callbacks.on_script_unloaded(runtime.close)
+    if not adapter.training():
+        from lib_fusion.webui.training import tab as training_tab
+
+        script_callbacks.on_ui_tabs(training_tab.build)
     level = launch_utils.args.loglevel or os.environ.get("SD_WEBUI_LOG_LEVEL")
     log.start(f"{adapter.NAME} {launch_utils.git_tag()}", level)

@@ -199,12 +199,13 @@ def drop_unused(experts: Sequence[dict[str, Any]], method: Any) -> None:
 def read_canvas(value: Any) -> Any:
     """The mask that a canvas gives, as base64 of a picture file; an empty text where nothing is painted.
 
-    The canvas gives its picture and what is painted on it, as pictures of the library Pillow. Text is taken as it is.
+    Gradio 3's canvas gives its picture and what is painted on it, white on black; that of Forge only the strokes, on
+    nothing. Both are pictures of the library Pillow. Text is taken as it is.
     """
     image: Any = value.get("mask") if isinstance(value, Mapping) else value
     if not hasattr(image, "convert"):
         return image
-    grey = image.convert("L")
+    grey = image.convert("L") if isinstance(value, Mapping) else image.convert("RGBA").getchannel("A")
     if not grey.getextrema()[1]:
         return ""
     file = io.BytesIO()

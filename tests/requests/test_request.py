@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from lib_fusion.errors import SettingError
 from lib_fusion.requests import infotext, request
@@ -282,6 +285,22 @@ def test_a_canvas_counts_where_the_place_is_a_painted_mask() -> None:
     experts = request.panel_to_dict([*panel, *painted])["experts"]
     assert [expert.get("mask") for expert in experts] == ["cGFpbnRlZA==", None]
     assert all("mask" not in expert for expert in request.panel_to_dict(panel)["experts"])
+
+
+def test_what_is_painted_on_either_canvas_is_the_mask() -> None:
+    """Gradio 3 gives white on black under the picture; Forge's canvas strokes of any colour on nothing."""
+    expected = Image.new("L", (4, 2))
+    expected.putpixel((1, 1), 255)
+    black = Image.new("RGBA", (4, 2), (0, 0, 0, 255))
+    black.putpixel((1, 1), (255, 255, 255, 255))
+    strokes = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    strokes.putpixel((1, 1), (0, 0, 0, 255))
+    for canvas in ({"image": Image.new("RGB", (4, 2), "red"), "mask": black}, strokes):
+        found = Image.open(io.BytesIO(base64.b64decode(request.read_canvas(canvas))))
+        assert found.tobytes() == expected.tobytes()
+    for empty in ({"image": None, "mask": Image.new("RGBA", (4, 2), "black")}, Image.new("RGBA", (4, 2), (9, 9, 9, 0))):
+        assert request.read_canvas(empty) == ""
+    assert request.read_canvas(None) is None
 
 
 def test_the_schema_of_each_kind_of_row() -> None:

@@ -9,8 +9,10 @@ import pytest
 
 from tests.webui_forge.forks import FORKS, Fork, prepare_data, start
 from tests.webui_live.client import Client
+from tests.webui_live.conftest import Names
 from tests.webui_live.host import Host, Installation, NoHostError
 from tests.webui_live.needs import missing
+from tests.webui_live.pages import browser, page  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="session", params=FORKS, ids=lambda fork: fork.name)
@@ -34,6 +36,11 @@ def host(fork: Fork, installation: Installation, tmp_path_factory: pytest.TempPa
     yield running
     running.stop()
     shutil.rmtree(data / "models", ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def names() -> Names:
+    return Names("general", "animals", "vehicles", "general_copy")
 
 
 @pytest.fixture(scope="session")

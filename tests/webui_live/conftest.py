@@ -12,6 +12,7 @@ import pytest
 from tests.webui_live.client import Client
 from tests.webui_live.host import Host, copy_demo, fake_cuda, make_checkpoints, prepare_data
 from tests.webui_live.needs import the_host
+from tests.webui_live.pages import browser, page  # noqa: F401 (fixtures)
 
 SETTINGS = {"samples_save": False, "grid_save": False, "do_not_show_images": False, "live_previews_enable": True,
             "show_progress_every_n_steps": 2, "lora_functional": False}  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 from tests.webui_live.client import TITLE, Client, RefusedError, decode, expert
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import Host
-from tests.webui_live.test_browser import PANEL, SECONDS, browser, choose, generate, page, prepare  # noqa: F401
+from tests.webui_live.pages import PANEL, SECONDS, choose, generate, prepare
 from tests.webui_live.test_requests import panel_args, without_seconds
 
 ALONE = {"snb_window": [0, 0], "snb_outside": "expert"}
@@ -188,7 +188,7 @@ def test_wrong_order(client: Client, files: Path) -> None:
         client.draw(expert("tiny_a", **afa("pair")), model="tiny_b")
 
 
-def test_choosing_a_file_chooses_method_and_experts(page: Any, client: Client, files: Path) -> None:  # noqa: F811
+def test_choosing_a_file_chooses_method_and_experts(page: Any, client: Client, files: Path) -> None:
     with client.settings({"sd_model_checkpoint": "tiny_a.safetensors"}):
         panel = PANEL.format(tab="txt2img")
         prepare(page, "a cat")

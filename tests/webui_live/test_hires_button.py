@@ -6,10 +6,10 @@ from typing import Any
 
 from tests.webui_live.client import Client
 from tests.webui_live.conftest import Names
-from tests.webui_live.test_browser import PANEL, browser, choose, enable, generate, page, prepare  # noqa: F401
+from tests.webui_live.pages import enable, generate, prepare
 
 
-def test_hires_fix_of_a_finished_picture_is_fused(page: Any, client: Client, names: Names) -> None:  # noqa: F811
+def test_hires_fix_of_a_finished_picture_is_fused(page: Any, client: Client, names: Names) -> None:
     enable(page, names.expert)
     prepare(page)
     assert "Fusion U-Net calls" in generate(page)

@@ -17,7 +17,7 @@ from tests.webui_live.client import Client, RefusedError
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import REPOSITORY, Host, environment
 from tests.webui_live.needs import the_host
-from tests.webui_live.test_browser import SECONDS, browser, choose, open_page, page  # noqa: F401
+from tests.webui_live.pages import SECONDS, choose
 from tests.webui_live.test_lifecycle import reload_ui
 
 TAB = "#denoiser_fusion_training_"
@@ -49,24 +49,24 @@ def trainings(host: Host) -> Iterator[Path]:
     (folder.parent / "taught.safetensors").unlink(missing_ok=True)
 
 
-def open_tab(page: Any) -> None:  # noqa: F811
+def open_tab(page: Any) -> None:
     page.locator("#tabs > .tab-nav button", has_text="Fusion training").click()
     page.locator(f"{TAB}state [data-phase]").first.wait_for()
 
 
-def fill(page: Any, **values: object) -> None:  # noqa: F811
+def fill(page: Any, **values: object) -> None:
     for key, value in values.items():
         page.locator(f"{TAB}{key} input, {TAB}{key} textarea").first.fill(str(value))
     page.locator(f"{TAB}source textarea").click()
 
 
-def name_it(page: Any, name: str) -> None:  # noqa: F811
+def name_it(page: Any, name: str) -> None:
     box = page.locator(f"{TAB}name input").first
     box.fill(name)
     box.press("Enter")
 
 
-def wait_for_state(page: Any, part: str) -> str:  # noqa: F811
+def wait_for_state(page: Any, part: str) -> str:
     """Until the line about the training matches; returns it."""
     page.wait_for_function(
         "([element, part]) => new RegExp(part).test(document.querySelector(element).innerText)",
@@ -80,7 +80,7 @@ def step_of(line: str) -> int:
 
 
 def test_from_pictures_to_a_file_that_the_panel_uses(
-    page: Any, client: Client, host: Host, names: Names, pictures: Path, trainings: Path  # noqa: F811
+    page: Any, client: Client, host: Host, names: Names, pictures: Path, trainings: Path
 ) -> None:
     """Started, the page loaded and the UI built anew while it runs, stopped, gone on with, evaluated, used."""
     client.draw(model=names.expert)

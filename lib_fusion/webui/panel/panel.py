@@ -32,7 +32,9 @@ from lib_fusion.requests.settings import (
     SKIP_PRESETS,
 )
 from lib_fusion.webui import options
+from lib_fusion.webui.host import adapter
 from lib_fusion.webui.models import aggregators, checkpoints, file_hashes
+from lib_fusion.webui.panel.canvas import make_canvas
 from lib_fusion.webui.runtime import runtime
 
 FREEU_ON = ("Auto", *FREEU_PUBLISHED, "Custom")
@@ -53,9 +55,6 @@ GUIDANCE_TOLD = ("Where the host's NGMS leaves out the unconditional half of a s
 PLACE_BUTTONS = {"Auto": AUTO, "Left half": "columns 1:1 1", "Right half": "columns 1:1 2", "Painted": PAINTED,
                  "Top half": "rows 1:1 1", "Bottom half": "rows 1:1 2"}  # fmt: skip
 USE_WORDS = "Paint on the picture that the gallery shows, or on a grey one where it shows none"
-#: Of the strokes on a canvas, on any picture.
-BRUSH = "#ff7f0e"
-CANVAS_HEIGHT = 360
 #: Control -> the choices of another one with which alone it is of use. Elsewhere the page hides it; its value stays.
 SHOWN_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     **{f"expert{i + 1}_weight": ("method", ("SNB", "Average")) for i in range(MAX_EXPERTS)},
@@ -182,20 +181,17 @@ def build_place(
             button = gr.Button(label, size="sm", elem_id=elem_id(f"{name}_place_{label.split()[0].lower()}"))
             button.click(None, outputs=[text], _js=f"() => ['{value}']", **AT_ONCE)
     with gr.Column(elem_classes=["denoiser-fusion-canvas", *shown_with(name, "painted")]):
-        canvas = gr.Image(
-            label=f"Expert {name[-1]} mask", source="upload", tool="sketch", type="pil",
-            height=CANVAS_HEIGHT, brush_color=BRUSH, elem_id=elem_id(f"{name}_canvas"),
-        )  # fmt: skip
-        canvas.do_not_save_to_config = True
+        canvas = make_canvas(f"Expert {name[-1]} mask", elem_id(f"{name}_canvas"))
         with gr.Row(elem_classes=["denoiser-fusion-buttons"]):
             use = gr.Button("Use the last picture", size="sm", elem_id=elem_id(f"{name}_canvas_use"), tooltip=USE_WORDS)
             clear = gr.Button("Clear", size="sm", elem_id=elem_id(f"{name}_canvas_clear"),
                               tooltip="Remove the picture and what is painted on it")  # fmt: skip
     with gr.Row():
         place(f"{name}_window")
-    use.click(None, outputs=[canvas], _js=f"() => denoiserFusion.lastPicture('{tab}')", **AT_ONCE)
-    clear.click(None, inputs=[text], outputs=[canvas, text], _js="denoiserFusion.clear", **AT_ONCE)
-    return canvas
+    use.click(None, outputs=[canvas.picture], _js=f"() => denoiserFusion.lastPicture('{tab}')", **AT_ONCE)
+    clear.click(None, inputs=[text], outputs=[text, *canvas.parts], **AT_ONCE,
+                _js=f"place => denoiserFusion.clear(place, {len(canvas.parts)})")  # fmt: skip
+    return canvas.painted
 
 
 def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
@@ -206,12 +202,15 @@ def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_i
             controls["afa_aggregator"][0], lambda: None,
             lambda: {"choices": ["", *aggregators.list_aggregators()]}, elem_id("afa_refresh"),
         )  # fmt: skip
+    with gr.Row():
         place("afa_maps", "afa_force")
     gr.HTML(AFA_TOLD, elem_id=elem_id("afa_unused"),
             elem_classes=["denoiser-fusion-told", *shown_with("method", "SNB", "Average")])  # fmt: skip
     gr.HTML(AFA_HINT, elem_id=elem_id("afa_hint"),
             elem_classes=["denoiser-fusion-told", *shown_with("method", "AFA")])  # fmt: skip
     told = gr.HTML(elem_id=elem_id("afa_told"), elem_classes=["denoiser-fusion-told"])
+    if adapter.training():
+        gr.HTML(adapter.training(), elem_id=elem_id("afa_training"), elem_classes=["denoiser-fusion-told"])
     (file,), (method,) = controls["afa_aggregator"], controls["method"]
     chosen = [controls[f"expert{i + 1}_checkpoint"][0] for i in range(MAX_EXPERTS)]
 
@@ -293,7 +292,7 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
     store = presets.Presets(Path(paths.data_path) / presets.FILE)
     with gr.Row(elem_classes=["denoiser-fusion-row"]):
         chosen = ui_components.DropdownEditable(
-            label="Fusion preset", choices=names_of(store), value="", elem_id=elem_id("preset"),
+            label="Fusion preset", choices=list_presets(store), value="", elem_id=elem_id("preset"),
             tooltip="Settings kept under a name. To save your own, type a new name and press save.",
         )  # fmt: skip
         chosen.do_not_save_to_config = True
@@ -335,14 +334,14 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
                 told, question = f"{done}: {name}", ""
         except FusionError as error:
             told, question = str(error), ""
-        return [gr.update(choices=names_of(store)), html.escape(told), question]
+        return [gr.update(choices=list_presets(store)), html.escape(told), question]
 
     asked = gr.State("")
     chosen.input(on_choice, inputs=[chosen], outputs=[*inputs, told], **AT_ONCE)
     apply.click(on_apply, inputs=[chosen], outputs=[*inputs, told], **AT_ONCE)
     save.click(on_save, inputs=[chosen, asked, *inputs], outputs=[chosen, told, asked], **AT_ONCE)
     delete.click(on_delete, inputs=[chosen, asked], outputs=[chosen, told, asked], **AT_ONCE)
-    refresh.click(lambda: [gr.update(choices=names_of(store)), "", ""], outputs=[chosen, told, asked], **AT_ONCE)
+    refresh.click(lambda: [gr.update(choices=list_presets(store)), "", ""], outputs=[chosen, told, asked], **AT_ONCE)
     for control in inputs:
         if hasattr(control, "input"):
             control.input(None, inputs=[told], outputs=[told], _js="denoiserFusion.noteEdit", **AT_ONCE)
@@ -457,6 +456,11 @@ def names_of(store: presets.Presets) -> list[str]:
         return list(presets.SHIPPED)
 
 
+def list_presets(store: presets.Presets) -> list[str]:
+    """The names after none at all: Gradio 4 shows a list's first choice where nothing is chosen."""
+    return ["", *names_of(store)]
+
+
 def tool(sign: str, tooltip: str, element: str) -> Any:
     return ui_components.ToolButton(value=sign, elem_id=element, tooltip=tooltip)
 
@@ -464,6 +468,8 @@ def tool(sign: str, tooltip: str, element: str) -> Any:
 def add_options() -> None:
     """The settings page: how many experts are kept, and where; what pasting does; the previews."""
     for key, row in HOST_OPTIONS.items():
+        if key == "place" and not adapter.HAS_PLACE:
+            continue
         component: tuple[Any, Any] = (None, None)
         if row.kind == "int":
             component = (gr.Slider, {"minimum": row.low, "maximum": row.high, "step": row.step})
