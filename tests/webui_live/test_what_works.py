@@ -22,7 +22,8 @@ from tests.what_works import CASES, METHODS
 
 LORA = "demo-animals"
 STEPS = 6
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7}
+#: With the upscaler that all hosts have.
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "None", "denoising_strength": 0.7}
 Draw, Same = Callable[..., Pictures], Callable[[Pictures, Pictures], None]
 #: How many counts of 255 the host's own pictures differ when it makes them twice.
 NOISE = {"inpaint": 1}
