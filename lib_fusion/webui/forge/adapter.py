@@ -113,4 +113,4 @@ def check_refiner(p: Any) -> None:
 
 def training() -> str:
     """Why nothing can be trained here; empty where it can."""
-    return "Aggregators can be trained on the command line (docs/training.md), and in AUTOMATIC1111's WebUI."
+    return "Nothing can be trained in this WebUI yet: train on the command line, or in AUTOMATIC1111's WebUI."
