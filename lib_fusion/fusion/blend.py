@@ -81,7 +81,8 @@ class Blend:
     @property
     def needs_uncond(self) -> bool:
         """Whether the models' saliencies decide, for which each has to predict without the prompt, too."""
-        is_snb = self.settings.method == "SNB" and self.num_models > 1
+        start, end = self.settings.snb_window
+        is_snb = self.settings.method == "SNB" and self.num_models > 1 and start > end
         return is_snb and self._decides(range(self.num_models))
 
     def in_lockstep(self, timestep: float) -> bool:

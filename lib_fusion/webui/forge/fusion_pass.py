@@ -197,8 +197,13 @@ class FusionPass:
 
 def check_guidance(session: FusionSession, p: Any) -> None:
     """Refuses what needs predictions without the prompt where the host makes none; raises SettingError."""
-    scale = session.guidance_scale
-    if scale == 1 and session.blend.needs_uncond:
-        field = "hr_cfg" if getattr(p, "is_hr_pass", False) else "cfg_scale"
-        problem = "allowed with SNB in this WebUI, which predicts nothing without the prompt at 1: another, such as 1.1"
-        raise SettingError(field, scale, problem)
+    if not session.blend.needs_uncond:
+        return
+    is_hires = getattr(p, "is_hr_pass", False)
+    scales = {"hr_cfg" if is_hires else "cfg_scale": session.guidance_scale}
+    if getattr(p, "enable_hr", False) and session.settings.passes != "first":  # before the first pass is made
+        scales["hr_cfg"] = float(p.hr_cfg)
+    for field, scale in scales.items():
+        if scale == 1:
+            problem = "allowed with SNB in this WebUI, where nothing is predicted without the prompt at 1: 1.1, say"
+            raise SettingError(field, scale, problem)
