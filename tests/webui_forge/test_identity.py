@@ -46,7 +46,8 @@ def host_draws(client: Client, drawn: dict[Any, Pictures], model: str, case: str
 def test_what_changes_nothing(client: Client, drawn: dict[Any, Pictures], method: str, case: str) -> None:
     base, copy, other = models_of(case)
     names = {"COPY": copy, "OTHER": other}
-    fusion = {"guidance": "off"} | NOTHING[method] | {"experts": [{"checkpoint": names[e]} for e in NOTHING[method].get("experts", ())]}
+    experts = [{"checkpoint": names[e]} for e in NOTHING[method].get("experts", ())]
+    fusion = {"guidance": "off"} | NOTHING[method] | {"experts": experts}
     if case == "SDXL, v" and method == "AFA, base":  # whose other model predicts the noise
         fusion["experts"] = [{"checkpoint": copy}]
     if not fusion["experts"]:
