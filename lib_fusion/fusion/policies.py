@@ -18,7 +18,7 @@ from lib_fusion.methods.skipping import DenoisedForecaster, Forecaster, LastNois
 from lib_fusion.requests.settings import FusionSettings
 
 #: The most skips in a row where the settings leave it to the policy.
-POLICY_MAX = {"Forecast": 2, "Paper": 4}
+POLICY_MAX = {"Forecast": 1, "Paper": 4}
 #: Marks of a step in a path.
 COMPUTED, SKIPPED = "#", "."
 

@@ -163,7 +163,7 @@ class Forecaster(Policy):
     for each computed prediction that had a forecast.
     """
 
-    def __init__(self, tolerance: float = 0.08, max_skips: int = 2, warmup: int = 4) -> None:
+    def __init__(self, tolerance: float = 0.1, max_skips: int = 1, warmup: int = 4) -> None:
         super().__init__()
         self.tolerance, self.max_skips, self.warmup = tolerance, max_skips, max(warmup, 3)
         self._nodes: list[tuple[float, torch.Tensor]] = []  # the last three computed: log sigma, noise
@@ -249,7 +249,7 @@ class DenoisedForecaster(Forecaster):
     D extrapolated and the x that is there follows it. Nothing is corrected: steps are not taken again with new noise.
     """
 
-    def __init__(self, tolerance: float = 0.08, max_skips: int = 2, warmup: int = 4) -> None:
+    def __init__(self, tolerance: float = 0.1, max_skips: int = 1, warmup: int = 4) -> None:
         super().__init__(tolerance * DENOISED_TOLERANCE, max_skips, warmup)
 
     def observe(

@@ -43,7 +43,7 @@ FREEU_STAGES = {1: 4, 2: 2, 3: 1}
 
 #: Ready-made amounts of skipping by forecasts; the first is the rows' own default.
 SKIP_PRESETS: dict[str, dict[str, Any]] = {
-    "Faithful": {"skip_tolerance": 0.08, "skip_max": 2},
+    "Faithful": {"skip_tolerance": 0.1, "skip_max": 1},
     "Balanced": {"skip_tolerance": 0.1, "skip_max": 3},
     "Fast": {"skip_tolerance": 0.2, "skip_max": 3},
 }
@@ -256,7 +256,7 @@ class FusionSettings:
         "is measured as it goes. Paper: AdaptiveDiffusion's rule, the last result is used again.",
         choices=("Off", "Forecast", "Paper"))
     skip_tolerance: float = row(
-        0.08, "skip tolerance",
+        0.1, "skip tolerance",
         "Forecast: how wrong a forecast may be, relative to the guided noise; more skips more, 0 skips nothing.",
         low=0, high=10, step=0.01, earlier=0.15)
     skip_threshold: float = row(
@@ -265,7 +265,7 @@ class FusionSettings:
         low=0, high=1, step=0.005)
     skip_max: int = row(
         0, "skips in a row",
-        "The most calls left out in a row; 0: the policy's own, 2 for Forecast and 4 for Paper.",
+        "The most calls left out in a row; 0: the policy's own, 1 for Forecast and 4 for Paper.",
         low=0, high=8, step=1, earlier=1)
     skip_warmup: int = row(
         4, "skip warm-up", "Forecast: how many steps are computed before any is skipped.", low=3, high=1000)

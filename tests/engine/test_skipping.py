@@ -113,7 +113,7 @@ def test_rows_are_those_that_the_unet_is_run_on(engine, policy):
     for path in record["paths"][0]:
         assert len(path) == 24
         assert path.startswith(4 * COMPUTED)
-        assert policy == "Paper" or (path.endswith(COMPUTED) and 3 * SKIPPED not in path)
+        assert policy == "Paper" or (path.endswith(COMPUTED) and 2 * SKIPPED not in path)
     assert len({*record["paths"][0]}) > 1  # each picture has a path of its own
     json.dumps(record)
 

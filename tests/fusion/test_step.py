@@ -441,7 +441,7 @@ def test_freeu_may_not_stop_before_it_starts() -> None:
 
 @pytest.mark.parametrize(
     ("values", "reach"),
-    [({}, 2), ({"skip_max": 3}, 3), ({"skip_correct": False}, 0), ({"skipping": "Paper"}, 0)],
+    [({}, 1), ({"skip_max": 3}, 3), ({"skip_correct": False}, 0), ({"skipping": "Paper"}, 0)],
 )
 def test_how_far_back_corrections_go(values: dict, reach: int) -> None:
     assert Skips(FusionSettings.from_dict({"skipping": "Forecast", **values})).reach == reach

@@ -332,7 +332,7 @@ def read_own(entries: dict) -> dict:
 
 @pytest.mark.parametrize(
     ("entries", "tolerance", "most"),
-    [({"Fusion skipping": "Forecast"}, 0.15, 1), ({"Fusion skipping": "Paper"}, 0.08, 0),
+    [({"Fusion skipping": "Forecast"}, 0.15, 1), ({"Fusion skipping": "Paper"}, 0.1, 0),
      ({"Fusion skipping": "Forecast", "Fusion skip tolerance": "0.1", "Fusion skips in a row": "3"}, 0.1, 3)],
 )  # fmt: skip
 def test_skipping_in_earlier_infotext_is_read_by_its_former_defaults(
@@ -344,7 +344,7 @@ def test_skipping_in_earlier_infotext_is_read_by_its_former_defaults(
 
 @pytest.mark.parametrize("skipping", ["Forecast", "Paper"])
 @pytest.mark.parametrize("most", [0, 1, 2])
-@pytest.mark.parametrize("tolerance", [0.08, 0.15])
+@pytest.mark.parametrize("tolerance", [0.1, 0.15])
 def test_skipping_in_infotext_says_what_its_absence_would_not(skipping: str, most: int, tolerance: float) -> None:
     settings = FusionSettings(skipping=skipping, skip_max=most, skip_tolerance=tolerance)
     entries = infotext.write_infotext(settings, [])

@@ -18,7 +18,16 @@ from tests.webui_live.test_identity import HIRES, picture
 from tests.webui_live.test_requests import panel_args, without_seconds
 
 ON = {"skipping": "Forecast"}
+#: All of skipping's bookkeeping, and no skip.
+NO_SKIP = ON | {"skip_warmup": 1000}
 STEPS = {"steps": 20, "prompt": "a fox, flat drawing", "negative_prompt": ""}
+SAMPLERS = (
+    "Euler", "Euler a", "LMS", "Heun", "DPM2", "DPM2 a", "DPM++ 2S a", "DPM++ 2M", "DPM++ SDE", "DPM++ 2M SDE",
+    "DPM++ 2M SDE Heun", "DPM++ 3M SDE", "DPM fast", "DPM adaptive", "LCM", "Restart", "DDIM", "DDIM CFG++", "PLMS",
+    "UniPC",
+)  # fmt: skip
+#: Those that evaluate a noise level twice, or go back to a higher one, too often for a forecast.
+SKIPPING_NOTHING = ("Heun", "DPM2 a", "DPM++ 2S a")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,13 +46,27 @@ def psnr(a: Pictures, b: Pictures) -> float:
     return float(10 * np.log10(255**2 / max(*errors, 1e-3)))
 
 
-@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DDIM", "Heun", "UniPC", "Euler a", "DPM++ 2M SDE"])
+def test_these_are_all_of_the_hosts_samplers(client: Client) -> None:
+    assert sorted(SAMPLERS) == sorted(sampler["name"] for sampler in client.ask("/sdapi/v1/samplers"))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_without_tolerance_it_is_off_bit_for_bit(client: Client, sampler: str) -> None:
     off = client.draw(sampler_name=sampler, **STEPS)
     for fusion in (ON | {"skip_tolerance": 0}, {"skipping": "Paper", "skip_threshold": 0}):
         assert client.draw(fusion, sampler_name=sampler, **STEPS).same_as(off)
-    # through the wrapper and its bookkeeping, without a skip
-    assert client.draw(ON | {"skip_warmup": 1000}, sampler_name=sampler, **STEPS).same_as(off)
+    assert client.draw(NO_SKIP, sampler_name=sampler, **STEPS).same_as(off)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_nearly_the_same_picture(client: Client, sampler: str) -> None:
+    """Of two in a batch, each as far as its own error lets it; one that skips nothing is off."""
+    changes = STEPS | {"sampler_name": sampler, "batch_size": 2, "steps": 30}
+    off, on = client.draw(**changes), client.draw(ON, **changes)
+    computed, of_all = rows(on)[0]
+    assert psnr(on, off) > 30
+    assert on.same_as(off) == (computed == of_all)
+    assert (computed == of_all) == (sampler in SKIPPING_NOTHING)
 
 
 @pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DDIM", "UniPC", "LMS", "Euler a"])
@@ -71,9 +94,11 @@ def test_corrections_bring_the_picture_nearer(client: Client, sampler: str) -> N
         assert psnr(near, off) > psnr(far, off)
 
 
-def test_a_picture_does_not_depend_on_its_neighbour(client: Client) -> None:
-    both = client.draw(ON, sampler_name="Euler", batch_size=2, **STEPS)
-    alone = [client.draw(ON, sampler_name="Euler", **STEPS, seed=PICTURE["seed"] + i) for i in range(2)]
+@pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DDIM", "UniPC", "Euler a", "DPM++ 2M SDE", "LCM"])
+def test_a_picture_does_not_depend_on_its_neighbour(client: Client, sampler: str) -> None:
+    changes = STEPS | {"sampler_name": sampler}
+    both = client.draw(ON, batch_size=2, **changes)
+    alone = [client.draw(ON, **changes, seed=PICTURE["seed"] + i) for i in range(2)]
     assert sum(rows(one)[0][0] for one in alone) == rows(both)[0][0]
     for i, one in enumerate(alone):
         assert np.abs(both.pixels[i].astype(int) - one.pixels[0]).max() <= 2
@@ -113,6 +138,7 @@ def test_layouts(client: Client, case: str) -> None:
     on = client.draw(ON, settings=settings, **STEPS | changes)
     assert rows(on)[0][0] < rows(on)[0][1]
     assert psnr(on, off) > 30
+    assert client.draw(NO_SKIP, settings=settings, **STEPS | changes).same_as(off)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -127,6 +153,7 @@ def test_img2img(client: Client, sampler: str, masked: bool) -> None:
     on = client.draw(ON, img2img=picture(), **changes)
     assert rows(on)[0][0] < rows(on)[0][1]
     assert psnr(on, off) > 30
+    assert client.draw(NO_SKIP, img2img=picture(), **changes).same_as(off)
 
 
 @pytest.mark.parametrize("kind", ["tiny_xl", "tiny_v", "tiny_inpaint"])
@@ -172,6 +199,7 @@ def test_refiner(client: Client) -> None:
         on = client.draw(ON | {"refiner": follows}, model="tiny_a", **changes)
         counts += rows(on)
         assert psnr(on, off) > 25
+        assert client.draw(NO_SKIP | {"refiner": follows}, model="tiny_a", **changes).same_as(off)
     (early, early_all), (computed, of_all) = counts
     assert early < early_all < of_all == 40
     assert early + 2 * 4 <= computed < of_all  # after the switch it begins anew
