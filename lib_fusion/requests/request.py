@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lib_fusion.errors import SettingError
@@ -26,7 +26,7 @@ from lib_fusion.requests.settings import (
     FusionSettings,
 )
 
-#: A plot's axis for a whole preset, in addition to the fields' elements.
+#: The API's key for a whole preset, and a plot's axis for it, in addition to the fields' elements.
 PRESET = "preset"
 #: The controls of a window, and the axes for one end of it.
 WINDOW_ENDS = ("start", "end")
@@ -53,13 +53,20 @@ def values_of(args: Sequence[Any]) -> Mapping[str, Any]:
     return args[0]
 
 
-def read_args(args: Sequence[Any], axes: Mapping[str, Any] | None = None) -> FusionSettings | None:
+def read_args(
+    args: Sequence[Any], axes: Mapping[str, Any] | None = None,
+    preset: Callable[[str], Mapping[str, Any]] | None = None,
+) -> FusionSettings | None:  # fmt: skip
     """Settings from a script's arguments; None where it is off.
 
+    ``preset``: gives the values of the preset that the API's object may name; its other keys go before these.
     ``axes``: values that a cell of an X/Y/Z plot sets, by the fields' elements; they also switch it on. In the panel
     nothing that is off or hidden can refuse a picture; in the API's object every value is checked.
     """
     values = values_of(args)
+    if preset is not None and PRESET in values:
+        own = {key: value for key, value in values.items() if key != PRESET}
+        values = {**preset(str(values[PRESET])), **own}
     if axes:
         values = put_axes(values, axes)
     if is_panel(args):
@@ -242,13 +249,14 @@ def write_schema() -> dict[str, Any]:
         "type": "array", "maxItems": MAX_EXPERTS, "description": "The experts, in order.",
         "items": {"type": "object", "properties": expert, "required": ["checkpoint"], "additionalProperties": False},
     }  # fmt: skip
+    preset = {"type": "string", "description": "A preset's name; the other keys go before its values."}
     rows = [ENABLED, COMPARE, *(row for row in PARAMETERS if "panel" in row.where)]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Denoiser Fusion",
         "description": 'The one element of alwayson_scripts["Denoiser Fusion"]["args"]; every key is optional.',
         "type": "object",
-        "properties": {"experts": experts, **{row.key: _schema_of(row) for row in rows}},
+        "properties": {PRESET: preset, "experts": experts, **{row.key: _schema_of(row) for row in rows}},
         "additionalProperties": False,
     }
 

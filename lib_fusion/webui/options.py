@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from modules import shared
+from modules import paths, shared
 
 from lib_fusion.errors import SettingError
 from lib_fusion.log import logger
+from lib_fusion.requests import presets
 from lib_fusion.requests.settings import HOST_OPTIONS
 
 PREFIX = "denoiser_fusion_"
@@ -25,3 +27,8 @@ def read_option(key: str) -> Any:
             _reported.add((name, str(error)))
             logger.warning("setting %s; %s is used", error, row.show(row.default) or "the default")
         return row.default
+
+
+def all_presets() -> presets.Presets:
+    """The shipped presets, and a person's own in the host's data directory."""
+    return presets.Presets(Path(paths.data_path) / presets.FILE)

@@ -21,6 +21,7 @@ from lib_fusion.webui.models import file_hashes, masks
 from lib_fusion.webui.models.aggregators import complete
 from lib_fusion.webui.models.checkpoints import find_checkpoint
 from lib_fusion.webui.models.lora_files import find_loras
+from lib_fusion.webui.options import all_presets
 from lib_fusion.webui.panel import compare, gallery, xyz
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.runtime import runtime
@@ -106,7 +107,7 @@ def begin(p: Any, args: Sequence[Any]) -> None:
         if hasattr(p, compare.OVERRIDE):
             job.settings = getattr(p, compare.OVERRIDE)
         else:
-            job.settings = read_args(args, getattr(p, xyz.ATTRIBUTE, None))
+            job.settings = read_args(args, getattr(p, xyz.ATTRIBUTE, None), all_presets().get)
         if job.settings is not None:
             job.settings, job.painted = masks.settle(p, complete(job.settings))
             job.names = [name_of(expert, f"experts[{i}]") for i, expert in enumerate(job.settings.experts)]

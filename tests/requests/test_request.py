@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from PIL import Image
 
 from lib_fusion.errors import SettingError
 from lib_fusion.requests import infotext, request
+from lib_fusion.requests.presets import PAPER, Presets
 from lib_fusion.requests.settings import EXPERT_PARAMETERS, PARAMETERS, FusionSettings
 
 FULL = {
@@ -44,6 +46,17 @@ def test_dict_and_panel_are_read_alike() -> None:
     assert request.read_args([FULL, *request.default_values()[1:]]) == by_dict
 
 
+def test_an_object_may_name_a_preset() -> None:
+    """Its own keys go before the preset's; a preset that is not there is refused; the panel names none."""
+    get = Presets(Path("nowhere")).get
+    asked = {"preset": "MagicFusion (paper): a mask at every step", "k_expert": 2, "experts": [{"checkpoint": "a"}]}
+    expected = FusionSettings.from_dict({**PAPER, "k_expert": 2, "experts": [{"checkpoint": "a"}]})
+    assert request.read_args([asked], preset=get) == expected
+    with pytest.raises(SettingError, match="preset: 'none such' is not allowed; allowed: Two experts"):
+        request.read_args([{**asked, "preset": "none such"}], preset=get)
+    assert request.write_schema()["properties"]["preset"]["type"] == "string"
+
+
 def test_every_row_has_a_control_and_a_schema_entry() -> None:
     elements = [field.element for field in infotext.list_fields()]
     assert len(elements) == len(set(elements))
@@ -51,7 +64,7 @@ def test_every_row_has_a_control_and_a_schema_entry() -> None:
     assert len(labels) == len(set(labels))
     properties = request.write_schema()["properties"]
     rows = {row.key for row in PARAMETERS if "panel" in row.where}
-    assert set(properties) == {"experts", "enabled", "compare"} | rows
+    assert set(properties) == {"preset", "experts", "enabled", "compare"} | rows
     assert set(properties["experts"]["items"]["properties"]) == {row.key for row in EXPERT_PARAMETERS} | {"mask"}
 
 

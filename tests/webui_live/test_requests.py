@@ -7,8 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from lib_fusion.requests.presets import SHIPPED
 from tests.webui_live.client import PICTURE, TITLE, Client, RefusedError, decode, expert
 from tests.webui_live.conftest import Names
+from tests.webui_live.host import Host
 
 WRONG = {
     "experts[0].checkpoint": [expert("nothing"), expert("/etc/passwd"), expert(""), expert("tiny_xl"), expert("tiny"),
@@ -79,6 +81,29 @@ def panel_args(client: Client, **values: object) -> list:
     labels = [arg["label"] for arg in script["args"]]
     assert set(values) <= set(labels), labels
     return [values.get(arg["label"], arg["value"]) for arg in script["args"]]
+
+
+def test_presets_and_aggregators_are_listed_and_may_be_named(client: Client, names: Names, host: Host) -> None:
+    """What a program needs to know the names of; a broken aggregator is listed with what is wrong."""
+    presets = client.ask("/denoiser-fusion/presets")
+    assert list(presets) == list(SHIPPED)
+    folder = host.data / "models/denoiser-fusion"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "broken.safetensors").write_bytes(b"none")
+    try:
+        broken = [entry for entry in client.ask("/denoiser-fusion/aggregators") if entry["name"] == "broken"]
+    finally:
+        (folder / "broken.safetensors").unlink()
+    assert "broken.safetensors" in broken[0]["error"]
+    own = {"experts": [{"checkpoint": f"{names.expert}.safetensors"}], "k_expert": 2}
+    paper = "MagicFusion (paper): a mask at every step"
+    by_preset = client.draw({"preset": paper, **own})
+    assert by_preset.same_as(client.draw({**presets[paper], **own}))
+    with pytest.raises(RefusedError, match="preset: 'none such' is not allowed; allowed: Two experts"):
+        client.draw({"preset": "none such", **own})
+    document = client.ask("/openapi.json")["paths"]["/denoiser-fusion/schema"]["get"]
+    example = document["responses"]["200"]["content"]["application/json"]["example"]
+    assert example == client.ask("/denoiser-fusion/schema")
 
 
 def test_panel_dict_and_infotext_agree(client: Client, names: Names) -> None:

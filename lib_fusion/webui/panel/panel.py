@@ -6,13 +6,12 @@ import html
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 # Modules, not names from them: a UI reload creates the host's UI classes again.
-from modules import call_queue, infotext_utils, paths, sd_models, shared, ui_common, ui_components
+from modules import call_queue, infotext_utils, sd_models, shared, ui_common, ui_components
 
 from lib_fusion.errors import FusionError
 from lib_fusion.requests import infotext, presets, request
@@ -289,7 +288,7 @@ def build_skipping(place: Callable[..., None], controls: dict[str, list[Any]], e
 
 def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
     """Apply, save, delete and refresh; errors appear in a line under the list."""
-    store = presets.Presets(Path(paths.data_path) / presets.FILE)
+    store = options.all_presets()
     with gr.Row(elem_classes=["denoiser-fusion-row"]):
         chosen = ui_components.DropdownEditable(
             label="Fusion preset", choices=list_presets(store), value="", elem_id=elem_id("preset"),

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from modules import paths
-
-from lib_fusion.requests import infotext, presets, request
+from lib_fusion.requests import infotext, request
 from lib_fusion.requests.infotext import Field
 from lib_fusion.requests.parameters import Parameter
 from lib_fusion.requests.settings import ENABLED, SAME_AS_BASE
+from lib_fusion.webui import options
 from lib_fusion.webui.models import aggregators, checkpoints, lora_files
 
 #: What an axis sets on a cell's request; always a new dict, since cells are shallow copies of one request.
@@ -105,7 +103,7 @@ def read_numbers(plot: Any, field: Field) -> Callable[[str], list[str]]:
 
 def make_preset_axis(plot: Any) -> Any:
     """Whole presets, shipped ones and a person's own; what another axis sets goes before."""
-    store = presets.Presets(Path(paths.data_path) / presets.FILE)
+    store = options.all_presets()
 
     def apply(p: Any, value: str, _values: Any) -> None:
         set_values(p, {request.PRESET: store.get(value)})
