@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.webui_forge.forks import FORKS, Fork, prepare_data, start
-from tests.webui_live.client import Client
+from tests.webui_live.client import Client, Pictures
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import Host, Installation, NoHostError
 from tests.webui_live.needs import missing
 from tests.webui_live.pages import browser, page  # noqa: F401 (fixtures)
+
+
+class ForgeClient(Client):
+    def draw(self, *args: Any, **changes: Any) -> Pictures:
+        if changes.get("enable_hr"):  # the API's default, none, is what the host itself can't read
+            changes.setdefault("hr_additional_modules", ["Use same choices"])
+        return super().draw(*args, **changes)
 
 
 @pytest.fixture(scope="session", params=FORKS, ids=lambda fork: fork.name)
@@ -45,7 +53,7 @@ def names() -> Names:
 
 @pytest.fixture(scope="session")
 def client(host: Host) -> Client:
-    client = Client(host.url)
+    client = ForgeClient(host.url)
     client.draw(steps=1)  # a fork loads its checkpoint with the first picture
     return client
 
