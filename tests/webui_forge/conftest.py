@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.webui_forge.forks import FORKS, Fork, prepare_data, start
-from tests.webui_live.client import Client, Pictures
+from tests.webui_live.client import PICTURE, Client, Pictures
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import Host, Installation, NoHostError
 from tests.webui_live.needs import missing
@@ -17,9 +17,12 @@ from tests.webui_live.pages import browser, page  # noqa: F401 (fixtures)
 
 
 class ForgeClient(Client):
+    """Asks for hires fix as the page does: the API's defaults there are a guidance of 1, and what Forge can't read."""
+
     def draw(self, *args: Any, **changes: Any) -> Pictures:
-        if changes.get("enable_hr"):  # the API's default, none, is what the host itself can't read
-            changes.setdefault("hr_additional_modules", ["Use same choices"])
+        if changes.get("enable_hr"):
+            guidance = changes.get("cfg_scale", PICTURE["cfg_scale"])
+            changes = {"hr_additional_modules": ["Use same choices"], "hr_cfg": guidance} | changes
         return super().draw(*args, **changes)
 
 
