@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,11 +69,17 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def sheet(
-    rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], path: Path, title: str, note: str = ""
-) -> None:
-    """One picture a cell, a caption above each row, the columns named at the top."""
+    rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], path: Path, title: str, note: str = "",
+    heads: Mapping[int, Sequence[str]] | None = None,
+) -> None:  # fmt: skip
+    """One picture a cell, a caption above each row, the columns named at the top.
+
+    ``heads``: other names of the columns, from these rows on.
+    """
+    heads = {0: columns, **(heads or {})}
     cell = 1.75  # inches
-    heights = [cell * images[0].height / images[0].width + 0.3 for _, images in rows]
+    heights = [cell * images[0].height / images[0].width + (0.5 if r and r in heads else 0.3)
+               for r, (_, images) in enumerate(rows)]  # fmt: skip
     fig, axes = plt.subplots(
         len(rows), len(columns), figsize=(cell * len(columns), sum(heights) + 0.9),
         height_ratios=heights, squeeze=False, layout="constrained",
@@ -87,8 +93,8 @@ def sheet(
             axis.set_yticks([])
             for spine in axis.spines.values():
                 spine.set_color("#cccccc")
-            if r == 0:
-                axis.set_title(columns[c], fontsize=9, pad=18)
+            if r in heads:
+                axis.set_title(heads[r][c], fontsize=9, pad=18)
         label = axes[r][0].annotate(
             caption, (0, 1), xytext=(0, 3), xycoords="axes fraction", textcoords="offset points", fontsize=8,
             color="#333333", va="bottom", annotation_clip=False,

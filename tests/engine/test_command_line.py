@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from demo.concepts import is_held_out
 from lib_fusion.cli import build_parser, main
+from lib_fusion.engine.demo_sheet import SCENES
 from lib_fusion.requests.settings import EXPERT_PARAMETERS, GENERATION_PARAMETERS, PARAMETERS
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
@@ -139,12 +142,18 @@ def test_an_empty_list_of_prompts(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_demos_scenes_are_of_pairs_that_nothing_was_trained_on():
+    for *_, prompt, _, _ in SCENES:
+        first, second = re.fullmatch(r"an? (.+) left of an? (.+), .+", prompt).groups()
+        assert is_held_out(first, second), prompt
+
+
 def test_demo_writes_its_sheet_and_table(tmp_path, capsys):
     sheet = tmp_path / "sheets" / "demo.png"
     assert main(["demo", "--out", str(sheet), "--steps", "4"]) == 0
     printed = capsys.readouterr().out
     assert str(sheet) in printed
-    for method in ("base", "expert", "average", "SNB (paper)", "average, then AFA", "fused"):
+    for method in ("base", "expert", "average", "SNB (paper)", "average, then AFA", "both LoRAs at once", "fused"):
         assert method in printed
     with Image.open(sheet) as image:
         assert image.width > 1000
