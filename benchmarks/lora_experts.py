@@ -1,9 +1,9 @@
 """What a LoRA expert costs in the WebUI, at real sizes: ``python -m benchmarks.lora_experts --kind sd1``.
 
 The host's own U-Net class with random weights and its own LoRA code, in its own Python, without its page: one call of
-the U-Net (two rows, 32 x 32 latents) for the base, for an expert whose layers are kept merged, for one whose layers are
-merged at each call, and for the base by the host's own way of changing LoRAs. All ways in turn, in each round; figures
-are the medians of the rounds' ratios to the base's call.
+the U-Net (two rows) for the base, for an expert whose layers are kept merged, for one whose layers are merged at each
+call, and for the base by the host's own way of changing LoRAs. All ways in turn, in each round; figures are the medians
+of the rounds' ratios to the base's call, in the process's own seconds where there is no GPU.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--range", choices=sorted(RANGES), default="blocks", help="the layers that the LoRA is for")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=int, default=32, help="height and width of the latents")
     parser.add_argument("--switch", action="store_true", help="also the host's own change of its list")
     parser.add_argument("--no-kept", dest="kept", action="store_false", help="without merged layers that are kept")
     args = parser.parse_args()
@@ -90,16 +91,20 @@ def measure(options: dict[str, Any]) -> None:
     on_disk = network.NetworkOnDisk("lora", str(file))
     networks.available_networks["lora"] = networks.available_network_aliases["lora"] = on_disk
 
-    x, t = (torch.zeros(2, *shape, device=devices.device, dtype=devices.dtype_unet) for shape in ((4, 32, 32), ()))
+    size = options["size"]
+    x, t = (torch.zeros(2, *shape, device=devices.device, dtype=devices.dtype_unet) for shape in ((4, size, size), ()))
     context = torch.zeros(2, 77, 768 if options["kind"] == "sd1" else 2048, device=x.device, dtype=x.dtype)
     given = {} if options["kind"] == "sd1" else {"y": torch.zeros(2, 2816, device=x.device, dtype=x.dtype)}
 
+    on_gpu = devices.device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time  # the CPU may have other work, too
+
     def seconds(act: Callable[[], Any]) -> float:
-        began = time.perf_counter()
+        began = clock()
         act()
-        if devices.device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return clock() - began
 
     def call() -> None:
         with devices.autocast():
@@ -127,9 +132,9 @@ def measure(options: dict[str, Any]) -> None:
     acting = worn.touched(nets, base.network_layer_mapping)
     merged_in = None
     if options["kept"]:
-        began = time.perf_counter()
+        began = clock()
         (kept,) = cache.acquire([(calls, "prompt")], base)
-        merged_in = time.perf_counter() - began
+        merged_in = clock() - began
         ways["expert, kept merged"] = expert(kept)
     ways["expert, merged at each call"] = expert(worn.MergedAtEachCall(acting, nets, "prompt"))
     if options["switch"]:
@@ -139,7 +144,7 @@ def measure(options: dict[str, Any]) -> None:
     whole, touched = (sum(p.numel() * p.element_size() for m in modules for p in m.parameters(recurse=False))
                       for modules in (unet.modules(), acting.values()))  # fmt: skip
     print(f"\n{options['kind']}, rank {options['rank']} on {options['range']} ({len(acting)} layers), {x.dtype}, "
-          f"{x.device}: the U-Net takes {whole / MIB:.0f} MiB")  # fmt: skip
+          f"{x.device}, latents of {size} x {size}: the U-Net takes {whole / MIB:.0f} MiB")  # fmt: skip
     print(f"kept merged: {touched / MIB:.0f} MiB for each expert, x {touched / whole:.2f} of a second U-Net"
           + (f"; merged once in x {merged_in / rounds[0]['base']:.2f} of a call" if merged_in else ""))
     for name in ways:
