@@ -76,6 +76,15 @@ denoiserFusion.noteEdit = line => (line || '').replace(/^Applied: /, 'Changed si
         return [...painted.map(i => `denoiser-fusion-expert${i}-painted`), ...used.map(() => 'denoiser-fusion-places-used')];
     }
 
+    // Two LoRAs as experts of a base without one: the saliency "own" has that base compete with them.
+    function loraChoices(tab) {
+        const prompt = gradioApp().querySelector(`#${tab}_prompt textarea`);
+        const named = text => Boolean(text.match(LORA));
+        if (read(tab, 'method') !== 'SNB' || read(tab, 'snb_saliency') === 'divergence' || (prompt && named(prompt.value))) return [];
+        const loras = EXPERTS.filter(i => read(tab, `expert${i}_checkpoint`) === SAME_AS_BASE && named(read(tab, `expert${i}_prompt`)));
+        return loras.length > 1 ? ['denoiser-fusion-loras-two'] : [];
+    }
+
     // A picture for a canvas, as a PNG's data URL, which every host's canvas takes: the gallery's selected one, its
     // first, or a grey one of the picture's size.
     denoiserFusion.lastPicture = async function(tab) {
@@ -137,7 +146,7 @@ denoiserFusion.noteEdit = line => (line || '').replace(/^Applied: /, 'Changed si
         const chosen = CHOOSERS.map(name => {
             return `denoiser-fusion-${name}-${read(tab, name).toLowerCase().replace(/ /g, '-')}`;
         });
-        chosen.push(...placeChoices(tab));
+        chosen.push(...placeChoices(tab), ...loraChoices(tab));
         for (const element of panel.querySelectorAll('.denoiser-fusion-with')) {
             const shown = chosen.some(name => element.classList.contains(name));
             element.classList.toggle('denoiser-fusion-hidden', !shown);

@@ -24,8 +24,8 @@ from lib_fusion.files import file_version, write_whole
 from lib_fusion.fusion.lockstep import sizes_for
 from lib_fusion.methods.afa import AggregatorSizes, groups_of
 from lib_fusion.unet.checkpoint import Checkpoint
-from lib_fusion.unet.lora import read_loras
-from lib_fusion.unet.model_file import ModelFile
+from lib_fusion.unet.lora import Lora
+from lib_fusion.unet.model_file import LoraFile, ModelFile
 
 FORMAT = "denoiser-fusion-aggregator"
 VERSION = 1
@@ -38,10 +38,19 @@ MOST_POINTS, MOST_CHANNELS, LONGEST_NAME = 100, 16384, 200
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """One of the models that a file belongs to: its name, for people, and the hash of its U-Net."""
+    """One of the models that a file belongs to: its checkpoint's name, the hash of its U-Net, its LoRAs (NAME:WEIGHT).
+
+    The hash alone decides, and counts the LoRAs; the names are for people, and to find the files by.
+    """
 
     name: str
     unet: str
+    loras: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        return " + ".join([self.name, *self.loras])
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,8 @@ class Card:
             raise ValueError(f"allowed: version {VERSION}")
         given = dict(values.pop("sizes"))
         sizes = AggregatorSizes(**{**given, "channels": tuple(given["channels"])})
-        card = cls(sizes=sizes, models=tuple(ModelIdentity(**model) for model in values.pop("models")), **values)
+        models = tuple(ModelIdentity(**{**m, "loras": tuple(m.get("loras", ()))}) for m in values.pop("models"))
+        card = cls(sizes=sizes, models=models, **values)
         card.check_values()
         return card
 
@@ -84,7 +94,7 @@ class Card:
         if not groups or self.sizes.hidden % groups or self.sizes.hidden % self.sizes.heads:
             raise ValueError("hidden: allowed: 4 and more, and what heads and groups divide")
         texts = [self.architecture, self.prediction]
-        texts += [text for model in self.models for text in (model.name, model.unet)]
+        texts += [text for model in self.models for text in (model.name, model.unet, *model.loras)]
         if not all(isinstance(text, str) and len(text) <= LONGEST_NAME for text in texts):
             raise ValueError(f"names: allowed: texts of at most {LONGEST_NAME} characters")
         if len(self.models) != self.sizes.num_models or not isinstance(self.training, Mapping):
@@ -95,8 +105,8 @@ class Card:
 
         ``force``: other weights of the same architecture are let through; their number must be right all the same.
         """
-        names = ", ".join(model.name for model in self.models)
-        given = ", ".join(model.name for model in models)
+        names = ", ".join(model.title for model in self.models)
+        given = ", ".join(model.title for model in models)
         if len(models) != self.sizes.num_models:
             wanted = f"{self.sizes.num_models} models ({names})"
             raise FusionError(f"the aggregator is for {wanted}, not {len(models)} ({given})")
@@ -105,14 +115,14 @@ class Card:
             return
         if sorted(needed) == sorted(found):
             raise FusionError(f"the aggregator is for its models in the order {names} (base first), not {given}")
-        wrong = [f"another file named {a.name}" if a.name == b.name else f"{b.name} in the place of {a.name}"
+        wrong = [f"another file named {a.title}" if a.title == b.title else f"{b.title} in the place of {a.title}"
                  for a, b in zip(self.models, models) if a.unet != b.unet]  # fmt: skip
         problem = f"other U-Nets were given: {', '.join(wrong)} (force lets them through)"
         raise FusionError(f"the aggregator is for {names}; {problem}")
 
     def describe(self) -> str:
         """A line for people."""
-        names = " + ".join(model.name for model in self.models)
+        names = " + ".join(f"({m.title})" if m.loras else m.name for m in self.models)
         sizes = f"N = {self.sizes.num_models}, hidden {self.sizes.hidden}, layers {self.sizes.layers}"
         training = [f"{key} {_short(value)}" for key, value in self.training.items() if not isinstance(value, Mapping)]
         return "; ".join([f"{names} ({self.architecture}, {sizes})", ", ".join(training)])
@@ -178,22 +188,36 @@ def save_aggregators(
 def identify_model(model: str | Path | ModelFile) -> ModelIdentity:
     """A model's name and the hash of its U-Net, by checkpoint and LoRAs; raises CheckpointError."""
     model = ModelFile.of(model)
-    return ModelIdentity(shorten(model.name, LONGEST_NAME - 3), model_hash(model, Checkpoint.open(model.path), "unet"))
+    name, *loras = (shorten(text, LONGEST_NAME - 3) for text in (model.path.stem, *(lora.name for lora in model.loras)))
+    return ModelIdentity(name, model_hash(model, Checkpoint.open(model.path), "unet"), tuple(loras))
 
 
 def model_hash(model: ModelFile, file: Checkpoint, part: str) -> str:
     """What tells a model's ``unet`` or ``text`` encoders from others: the checkpoint's part, with that of its LoRAs.
 
-    LoRAs that do not change the part, or weigh 0, do not count.
+    LoRAs that do not change the part, or weigh 0, do not count, nor does their order: they are summed.
     """
     own = part_hash(file, file.unet_prefix if part == "unet" else file.text_prefix)
-    changes = [found for lora in read_loras(model, file) if (found := lora.part_hash(part))]
+    changes = sorted(found for lora in model.loras if (found := lora_hash(lora, file, part)))
     return hashlib.sha256("+".join([own, *changes]).encode()).hexdigest()[:HASH_DIGITS] if changes else own
 
 
 def part_hash(file: Checkpoint, prefix: str) -> str:
     """SHA-256 over the tensors whose names start so, in float16: a file and its half-precision copy are one model."""
     return _part_hash(file.path.resolve(), file_version(file.path), prefix)
+
+
+def lora_hash(lora: LoraFile, model: Checkpoint, part: str) -> str:
+    """As ``Lora.part_hash``, of a file; raises CheckpointError as ``Lora.read``."""
+    version = file_version(lora.path) if lora.path.is_file() else (0, 0)
+    return _lora_hash(lora, version, model.path, file_version(model.path), part)
+
+
+@lru_cache(maxsize=64)
+def _lora_hash(
+    lora: LoraFile, _version: tuple[int, int], model: Path, _of_model: tuple[int, int], part: str
+) -> str:
+    return Lora.read(lora, Checkpoint.open(model)).part_hash(part)
 
 
 @lru_cache(maxsize=64)

@@ -66,6 +66,12 @@ def _read_tag(shown: str, kind: str, inside: str, field: str) -> LoraTag:
     return LoraTag(name, te, unet, dyn)
 
 
+def change_loras(prompt: str, loras: str) -> str:
+    """A prompt with these LoRAs in the place of its own; raises SettingError as ``read_tags``."""
+    plain, tags = read_tags(prompt, "prompt")
+    return f"{plain.strip()} {loras}".strip() if tags or loras else prompt
+
+
 def title_of(checkpoint: str, prompt: str) -> str:
     """An expert's name for people: its checkpoint, and the LoRAs that its prompt names."""
     names = [found[2].split(":")[0] for found in _TAG.finditer(prompt) if found[1] in KINDS]

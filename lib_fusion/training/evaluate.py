@@ -118,7 +118,7 @@ def evaluate(
     unets = load_models(checkpoints, cache, getattr(torch, precision), device)
     models = [identify_model(path) for path in checkpoints]
     trained = load_for(aggregator, unets[0], models, [unet.prediction for unet in unets], device=device)
-    names = distinct_names([model.name for model in models])
+    names = distinct_names([model.title for model in models])
     subsets = {s: sum(e.subset == s for e in cache.entries) for s in sorted({e.subset for e in cache.entries})}
     result = Evaluation(names, subsets)
     candidates = {TRAINED: trained, MEAN_FEATURES: afa.uniform(len(names))}

@@ -172,7 +172,8 @@ class TrainingRun:
         self.step, self.seconds = 0, 0.0
         fixed = {key: value for key, value in asdict(settings).items() if key not in CHANGEABLE}
         self.identity: dict[str, Any] = {
-            "settings": fixed, "models": [asdict(model) for model in models], "pictures": pictures,
+            "settings": fixed, "models": [{"name": model.title, "unet": model.unet} for model in models],
+            "pictures": pictures,
         }  # fmt: skip
         self.losses: list[float] = []
         self._resume()

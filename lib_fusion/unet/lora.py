@@ -95,8 +95,9 @@ class Lora:
         unknown = []
         for (part, layer), roles in layers.items():
             if part not in tables or (part == "text" and not text_shapes):
-                problem = f"a LoRA for the text encoder of {'SDXL' if part == 'sdxl' else 'SD1'}"
-                raise CheckpointError(f"{file.path}: {problem}; allowed with {model.path.name}: one for {model.kind}")
+                problem = f"a LoRA that also changes the text encoder of {'SDXL' if part == 'sdxl' else 'SD1'}"
+                other = "one of the U-Net alone" if model.kind == part else f"one for {model.kind}"
+                raise CheckpointError(f"{file.path}: {problem}; allowed with {model.path.name}: {other}")
             names, shapes = tables[part]
             name = names.get(layer)
             if name is None:

@@ -51,6 +51,10 @@ class ModelFile:
         """For people: the files' names without folders, and the LoRAs' weights."""
         return " + ".join([self.path.stem, *(lora.name for lora in self.loras)])
 
+    def __str__(self) -> str:
+        """As ``of`` reads it."""
+        return "+".join([str(self.path), *(f"{lora.path}:{lora.weight}" for lora in self.loras)])
+
 
 def split_files(text: str, field: str) -> list[LoraFile]:
     """The files in ``a.safetensors:0.8+b.safetensors``, none in empty text; raises SettingError."""

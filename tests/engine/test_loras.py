@@ -164,7 +164,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, files, flags, words):
 
 
 def test_a_models_identity_is_of_checkpoint_and_loras(files, tmp_path):
-    """Other LoRAs, weights, and orders are other models; what does not change the U-Net is not."""
+    """Other LoRAs and weights are other models; another order, and what does not change the U-Net, are not."""
     text = save_lora(tmp_path / "text.safetensors", 5, only="lora_te")
     copy = shutil.copy(files["a"], tmp_path / "copy.safetensors")
     a, b = files["a"], files["b"]
@@ -177,7 +177,11 @@ def test_a_models_identity_is_of_checkpoint_and_loras(files, tmp_path):
     assert len({*different}) == len(different)
     assert hash_of(f"+{text}") == hash_of(f"+{a}:0") == plain
     assert hash_of(f"+{copy}") == hash_of(f"+{a}")
-    assert identify_model(f"{GENERAL}+{a}:0.5").name == "general + a:0.5"
+    assert hash_of(f"+{b}+{a}") == hash_of(f"+{a}+{b}")
+    found = identify_model(f"{GENERAL}+{a}:0.5+{b}")
+    assert (found.name, found.loras, found.title) == ("general", ("a:0.5", "b:1"), "general + a:0.5 + b:1")
+    (tmp_path / "copy.safetensors").write_bytes(Path(b).read_bytes())  # another file under the same name
+    assert hash_of(f"+{copy}") == hash_of(f"+{b}")
 
 
 def test_aggregators_are_trained_for_loras_and_for_no_others(files, tmp_path, capsys):
@@ -193,7 +197,7 @@ def test_aggregators_are_trained_for_loras_and_for_no_others(files, tmp_path, ca
     assert main(["cache", "--source", str(pictures), "--resolution", "64", *common]) == 0
     sizes = ["--hidden", "8", "--layers", "1", "--heads", "2", "--batch-size", "2"]
     assert main(["train", "--out", str(out), "--steps", "2", *sizes, *common]) == 0
-    assert [model.name for model in read_card(out).models] == ["general + a:1", "general + b:1"]
+    assert [model.title for model in read_card(out).models] == ["general + a:1", "general + b:1"]
     report = tmp_path / "report"
     assert main(["evaluate", "--aggregator", str(out), "--out", str(report), "--timesteps", "500", *common]) == 0
     afa = replace(ONE, method="AFA", afa_aggregator=str(out))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,6 +59,22 @@ def test_round_trip(folder):
         "a + b (sd1, N = 2, hidden 16, layers 1); data none, steps 3, loss 0.1235"
     )
     assert load(folder, "ab").state_dict().keys() == aggregators.state_dict().keys()
+
+
+def test_a_card_names_the_loras_of_its_models(folder):
+    card, _ = make(folder, "ab")
+    models = (card.models[0], replace(card.models[1], loras=("x:0.5", "y:1")))
+    read = Card.from_json(replace(card, models=models).to_json())
+    assert read.models == models
+    assert read.describe().startswith("a + (b + x:0.5 + y:1) (sd1")
+    earlier = json.loads(card.to_json())  # written before there were LoRAs
+    for model in earlier["models"]:
+        del model["loras"]
+    assert Card.from_json(json.dumps(earlier)) == card
+    with pytest.raises(FusionError, match=r"b in the place of b \+ x:0.5 \+ y:1 \(force"):
+        replace(card, models=(models[0], replace(models[1], unet="other"))).check_models(card.models)
+    with pytest.raises(ValueError, match="names: allowed"):
+        Card.from_json(replace(card, models=(models[0], replace(models[1], loras=(1,)))).to_json())
 
 
 def test_half_precision_copies_of_a_checkpoint_are_the_same_model(folder, tmp_path):

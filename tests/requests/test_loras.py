@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lib_fusion.errors import SettingError
-from lib_fusion.requests.loras import LoraTag, read_tags, tell_near, title_of
+from lib_fusion.requests.loras import LoraTag, change_loras, read_tags, tell_near, title_of
 
 FIELD = "experts[0].prompt"
 
@@ -72,3 +72,10 @@ def test_near_names() -> None:
 def test_names_for_people() -> None:
     assert title_of("base", "a cat <lora:x:1> <lyco:y>") == "base + x + y"
     assert title_of("animals", "a <b:c> cat") == "animals"
+
+
+def test_loras_take_the_place_of_others() -> None:
+    assert change_loras("a cat, in a hat <lora:x:1>", "<lora:y:0.5>") == "a cat, in a hat <lora:y:0.5>"
+    assert change_loras("<lora:x:1> a cat", "") == "a cat"
+    assert change_loras("", "<lora:y:0.5>") == "<lora:y:0.5>"
+    assert change_loras(" as it was ", "") == " as it was "

@@ -11,7 +11,7 @@ import pytest
 
 from lib_fusion.errors import SettingError
 from lib_fusion.fusion.aggregator_files import identify_model, read_card
-from lib_fusion.requests.settings import FusionSettings
+from lib_fusion.requests.settings import ExpertSettings, FusionSettings
 from tests.training.conftest import DEMO
 from tests.webui_fake import fakes
 
@@ -111,9 +111,9 @@ def test_the_experts_of_an_aggregator_are_found_by_their_weights(host: Host, tmp
     pickle = entry("vehicles.ckpt", tmp_path / "vehicles.ckpt")
     for order in ((other, own), (own, other)):
         host.has(pickle, *(entry(f"{'old/' if file is own else ''}vehicles.safetensors", file) for file in order))
-        assert host.aggregators.experts_of(card) == ["old/vehicles.safetensors"]
+        assert host.aggregators.experts_of(card) == [ExpertSettings("old/vehicles.safetensors")]
     host.has(pickle, entry("vehicles.safetensors", other))
-    assert host.aggregators.experts_of(card) == ["vehicles.safetensors"]  # to be refused by its weights
+    assert host.aggregators.experts_of(card) == [ExpertSettings("vehicles.safetensors")]  # its weights are refused
     host.has(pickle)
     with pytest.raises(SettingError, match="vehicles is not among the checkpoints"):
         host.aggregators.experts_of(card)

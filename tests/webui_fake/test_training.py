@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lib_fusion.cli import build_parser, given_rows
-from lib_fusion.errors import FusionError
+from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.requests.parameters import read_rows
 from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS
+from lib_fusion.unet.model_file import LoraFile, ModelFile
 from tests.training.conftest import DEMO, write_pictures
 from tests.webui_fake import fakes
 
@@ -75,6 +79,80 @@ def test_without_held_out_pictures(training: Any, tmp_path: Path) -> None:
     args = [build_parser().parse_args(command) for command in job.commands]
     assert [a.command for a in args] == ["cache", "train", "evaluate"]
     assert args[2].cache == args[0].cache
+
+
+@pytest.fixture
+def loras(training: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's LoRAs in the host's list."""
+    files = {path.stem: SimpleNamespace(filename=str(path)) for path in (DEMO / "loras").glob("*.safetensors")}
+    networks = ModuleType("networks")
+    networks.loaded_networks, networks.forbidden_network_aliases = [], {}
+    networks.network_apply_weights = networks.update_available_networks_by_names = lambda *_: None
+    networks.available_networks = networks.available_network_aliases = files
+    monkeypatch.setitem(sys.modules, "networks", networks)
+
+
+GENERAL = "general.safetensors"
+
+
+@pytest.mark.usefixtures("loras")
+def test_models_with_loras(training: Any, tmp_path: Path) -> None:
+    """As prompts name them, and one checkpoint more than once; the commands have the files."""
+    both = f"{GENERAL}<lora:demo-vehicles:0.8> <lora:demo-animals:-0.25>"
+    asked = [f"{GENERAL} <lora:demo-animals:1>", GENERAL, both]
+    job = training.make_job(form(write_pictures(tmp_path / "a"), models=asked), training.jobs())
+    base = DEMO / GENERAL
+    animals, vehicles = (DEMO / f"loras/demo-{name}.safetensors" for name in ("animals", "vehicles"))
+    wanted = [ModelFile(base, (LoraFile(animals),)), ModelFile(base),
+              ModelFile(base, (LoraFile(vehicles, 0.8), LoraFile(animals, -0.25)))]  # fmt: skip
+    for command in job.commands:
+        assert [ModelFile.of(model) for model in build_parser().parse_args(command).model] == wanted
+    assert job.values["models"] == asked
+    assert [Path(config).name for config in job.configs] == ["general.yaml"] * 3
+
+
+@pytest.mark.usefixtures("loras")
+@pytest.mark.parametrize(
+    ("models", "problem"),
+    [
+        ([GENERAL, f"{GENERAL} <lora:demo-animal:1>"], "no such LoRA; near it: demo-animals"),
+        ([GENERAL, f"{GENERAL} <lora:demo-animals:x>"], "allowed: <lora:NAME:WEIGHT>"),
+        ([GENERAL, f"{GENERAL} <lora:demo-animals:1:0.5>"], "one weight for U-Net and text encoder"),
+        ([GENERAL, f"{GENERAL} <lora:demo-animals:1:1:4>"], "one weight for U-Net and text encoder"),
+        ([GENERAL, f"{GENERAL} <hypernet:demo:1>"], "can't act on one model alone"),
+        ([GENERAL, f"{GENERAL} <lora:demo-animals:0>"], "there twice"),
+        ([f"{GENERAL} <lora:demo-animals:1> <lora:demo-vehicles:1>",
+          f"{GENERAL} <lora:demo-vehicles:1> <lora:demo-animals:1>"], "there twice"),
+        ([GENERAL, f"{GENERAL} <lora:other:1>"], "this is LoHa"),
+        ([GENERAL, f"{GENERAL} <lora:large:1>"], "layers that general.safetensors (sd1) does not have"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_models_with_loras_that_cannot_be_trained(
+    training: Any, tmp_path: Path, models: list[str], problem: str
+) -> None:
+    for name, key in (("other", "lora_unet_x.hada_w1_a"), ("large", "lora_unet_x.lora_up.weight")):
+        save_file({key: torch.ones(2, 2)}, tmp_path / f"{name}.safetensors")
+        entry = SimpleNamespace(filename=str(tmp_path / f"{name}.safetensors"))
+        sys.modules["networks"].available_networks[name] = entry
+    with pytest.raises(SettingError) as caught:
+        training.make_job(form(write_pictures(tmp_path / "a"), models=models), training.jobs())
+    assert caught.value.field == "models"
+    assert problem in str(caught.value)
+    assert not training.jobs().folder.exists()
+
+
+@pytest.mark.usefixtures("loras")
+def test_a_lora_is_added_to_the_last_model(training: Any) -> None:
+    once = training.add_lora([GENERAL, GENERAL], "demo-animals", 0.75)
+    assert once == [GENERAL, f"{GENERAL} <lora:demo-animals:0.75>"]
+    twice = training.add_lora(once, "demo-vehicles", 1.0)
+    assert twice == [GENERAL, f"{GENERAL} <lora:demo-animals:0.75> <lora:demo-vehicles:1>"]
+    refused = [([], "demo-animals", "a checkpoint first"), ([GENERAL], "", "one of the list"),
+               (twice, "demo-animals", "each LoRA once"), ([GENERAL], "x", "no such LoRA")]  # fmt: skip
+    for names, lora, problem in refused:
+        with pytest.raises(SettingError, match=problem):
+            training.add_lora(names, lora, 1.0)
 
 
 def test_hidden_folders(training: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,13 +267,19 @@ def train(values: str):
     return {"refused": ""}
 
 
-def condition(text: str, width: int, height: int, negative: bool = False):
-    """What the host's SDXL model is told of a prompt: states (T,D) and the vector (V,)."""
+def condition(text: str, width: int, height: int, negative: bool = False, lora: str = "", weight: float = 1.0):
+    """What the host's model is told of a prompt, under a LoRA: states (T,D), and of SDXL the vector (V,)."""
+    import networks
     from modules.prompt_parser import SdConditioning
 
     batch = SdConditioning([text], is_negative_prompt=negative, width=width, height=height)
+    named = [lora] if lora else []
+    networks.load_networks(named, [weight], [weight], [None])
     with torch.no_grad(), devices.autocast():
         found = shared.sd_model.get_learned_conditioning(batch)
+    networks.load_networks([])
+    if not isinstance(found, dict):
+        return {"states": found[0].tolist()}
     return {"states": found["crossattn"][0].tolist(), "vector": found["vector"][0].tolist()}
 
 

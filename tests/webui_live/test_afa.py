@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.webui_live.client import TITLE, Client, RefusedError, decode, expert
+from tests.webui_live.client import PICTURE, TITLE, Client, RefusedError, decode, expert
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import Host
 from tests.webui_live.pages import PANEL, SECONDS, choose, generate, prepare
@@ -44,6 +44,16 @@ def files(host: Host) -> Iterator[Path]:
         known = tuple(identify_model(path if path.is_file() else paths[0]) for path in paths)
         known = tuple(type(m)(path.stem, m.unet) for m, path in zip(known, paths))
         card = Card(unet.kind, "epsilon", sizes, known)
+        save_aggregators(folder / f"{name}.safetensors", card, randomize(sizes.make()).state_dict(), torch.float32)
+    loras = {name: host.data / f"models/Lora/{name}.safetensors" for name in ("tiny_lora", "lora_lora")}
+    base, trained = checkpoints / "tiny_a.safetensors", {
+        "plain_and_lora": ("", f"+{loras['tiny_lora']}:0.8"),
+        "two_loras": (f"+{loras['lora_lora']}", f"+{loras['tiny_lora']}:0.8+{loras['lora_lora']}:-0.5"),
+    }  # fmt: skip
+    for name, models in trained.items():
+        unet = load_unet(base)
+        sizes = sizes_for(unet, 2, hidden=8, layers=1, heads=2)
+        card = Card(unet.kind, "epsilon", sizes, tuple(identify_model(f"{base}{more}") for more in models))
         save_aggregators(folder / f"{name}.safetensors", card, randomize(sizes.make()).state_dict(), torch.float32)
     whole = (folder / "pair.safetensors").read_bytes()
     (folder / "broken.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -162,6 +172,62 @@ def test_force_is_told(client: Client, files: Path) -> None:
     assert forced.params["Fusion force aggregator"] == "True"
 
 
+def test_an_aggregator_of_loras_brings_them(client: Client, files: Path) -> None:
+    """And is the same as with all of it said; by the weight for the U-Net alone, whatever the LoRA's name."""
+    on = client.draw(afa("plain_and_lora"), model="tiny_a")
+    assert on.params["Fusion expert 1 checkpoint"] == "tiny_a.safetensors"
+    assert on.params["Fusion expert 1 prompt"] == "<lora:tiny_lora:0.8>"
+    said = expert("same as base", prompt=f"{PICTURE['prompt']} <lora:tiny_lora:0.8>", **afa("plain_and_lora"))
+    assert client.draw(said, model="tiny_a").same_as(on)
+    other_text = expert("same as base", prompt="<lora:tiny_lora:0.2:0.8>", **afa("plain_and_lora"))
+    assert not client.draw(other_text, model="tiny_a").same_as(on)
+    assert not client.draw(model="tiny_a").same_as(on)
+
+
+def test_the_pictures_loras_under_an_aggregator(client: Client, files: Path) -> None:
+    """Those that it was trained with are needed, in any order; others are a style, on the models that they act on."""
+    needed = {"prompt": f"{PICTURE['prompt']} <lora:lora_lora:1>"}
+    on = client.draw(afa("two_loras"), model="tiny_a", **needed)
+    assert on.params["Fusion expert 1 prompt"] == "<lora:tiny_lora:0.8> <lora:lora_lora:-0.5>"
+    other_order = expert("same as base", prompt="<lora:lora_lora:-0.5> <lora:tiny_lora:0.8>", **afa("two_loras"))
+    near = client.draw(other_order, model="tiny_a", **needed)
+    assert abs(near.pixels[0].astype(int) - on.pixels[0]).max() <= 1
+    styled = {"prompt": f"{PICTURE['prompt']} <lora:lora_loha:0.5> <lora:lora_lora:1>"}
+    assert not client.draw(afa("two_loras"), model="tiny_a", **styled).same_as(on)
+    client.draw(afa("pair"), model="tiny_a", **styled)
+    ticked = expert("same as base", prompt="<lora:tiny_lora:0.8>", loras=True, **afa("plain_and_lora"))
+    client.draw(ticked, model="tiny_a", **styled)
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "prompt", "says"),
+    [
+        ("plain_and_lora", "", "a cat", r"tiny_a in the place of tiny_a \+ tiny_lora:0.8 .*; "
+         "write <lora:tiny_lora:0.8> into expert 1's prompt$"),
+        ("plain_and_lora", "", "<lora:tiny_lora:0.7>", r"tiny_a \+ tiny_lora:0.7 in the place of .*into expert 1's"),
+        ("plain_and_lora", "", "<lora:tiny_lora:0.8> <lora:lora_lora:1>", "in the place of .*into expert 1's prompt"),
+        ("plain_and_lora", "<lora:tiny_lora:0.8>", "a cat", "tiny_a in the place of"),
+        ("plain_and_lora", "", "<lora:lora_loha:1>", "experts.0..prompt: .*this is LoHa .*; allowed: afa_maps uniform"),
+        ("plain_and_lora", "", "<lora:tiny_lora:0.8:0.8:2>", "cut to a rank"),
+        ("pair", "", "<lora:tiny_lora:0.8>", "take the LoRAs out of expert 1's prompt$"),
+        ("two_loras", "", "<lora:tiny_lora:0.8> <lora:lora_lora:-0.5>", "tiny_a in the place of tiny_a . lora_lora:1 "
+         ".*; write <lora:lora_lora:1> into the picture's prompt$"),
+        ("two_loras", "<lora:lora_lora:0.9>", "<lora:tiny_lora:0.8> <lora:lora_lora:-0.5>",
+         "tiny_a . lora_lora:0.9 in the place of"),
+    ],
+)  # fmt: skip
+def test_other_loras_than_an_aggregators(
+    client: Client, files: Path, name: str, picture: str, prompt: str, says: str
+) -> None:
+    one = expert("tiny_b" if name == "pair" else "same as base", prompt=prompt, **afa(name))
+    words = {"prompt": f"{PICTURE['prompt']} {picture}"}
+    with pytest.raises(RefusedError, match=says) as caught:
+        client.draw(one, model="tiny_a", **words)
+    assert caught.value.status == 422
+    assert "\n" not in caught.value.answer["detail"]
+    client.draw(one | {"afa_force": True}, model="tiny_a", **words)
+
+
 @pytest.mark.parametrize(
     ("fusion", "says"),
     [
@@ -206,3 +272,16 @@ def test_choosing_a_file_chooses_method_and_experts(page: Any, client: Client, f
         assert "Fusion method: AFA" in text
         assert "Fusion aggregator: pair" in text
         assert "Fusion expert 1 checkpoint: tiny_b.safetensors" in text
+
+        prompt = page.locator(f"{panel}_expert1_prompt textarea")
+        page.locator(f"{panel}_tabs button", has_text="Experts").click()
+        prompt.fill("a dog <lora:lora_loha:1>")
+        page.locator(f"{panel}_tabs button", has_text="AFA").click()
+        choose(page, f"{panel}_afa_aggregator", "two_loras")
+        page.wait_for_function(f"{card}.endsWith(\"Write <lora:lora_lora:1> into the picture's prompt.\")")
+        page.wait_for_function(f"{chosen}.startsWith('tiny_a')")
+        assert prompt.input_value() == "a dog <lora:tiny_lora:0.8> <lora:lora_lora:-0.5>"
+        choose(page, f"{panel}_afa_aggregator", "pair")
+        page.wait_for_function(f"{chosen}.startsWith('tiny_b')")
+        page.wait_for_timeout(SECONDS)
+        assert prompt.input_value() == "a dog"

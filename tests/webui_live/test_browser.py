@@ -498,6 +498,28 @@ def test_buttons_of_places(page: Any, client: Client, names: Names) -> None:
     page.locator(f"{panel}_guidance_after").wait_for(state="visible")
 
 
+def test_two_lora_experts_are_told_of_divergence(page: Any, client: Client, names: Names) -> None:
+    """Only where both have LoRAs and the base has none; the button chooses it, and then there is nothing to tell."""
+    panel = PANEL.format(tab="txt2img")
+    prepare(page)
+    page.locator(f"{panel}_enable .label-wrap").first.click()
+    choose(page, f"{panel}_expert1_checkpoint", "same as base")
+    hint = page.locator(f"{panel}_loras_hint")
+    page.locator(f"{panel}_expert1_prompt textarea").fill("<lora:tiny_lora:1>")
+    page.locator(f"{panel}_expert2 .label-wrap").first.click()
+    choose(page, f"{panel}_expert2_checkpoint", "same as base")
+    hint.wait_for(state="hidden")
+    page.locator(f"{panel}_expert2_prompt textarea").fill("a dog <lora:lora_lora:0.5>")
+    hint.wait_for(state="visible")
+    page.locator("#txt2img_prompt textarea").fill("a cat <lora:lora_loha:1>")
+    hint.wait_for(state="hidden")
+    page.locator("#txt2img_prompt textarea").fill("a cat")
+    hint.wait_for(state="visible")
+    page.locator(f"{panel}_loras_divergence").click()
+    hint.wait_for(state="hidden")
+    assert page.locator(f"{panel}_snb_saliency input:checked").input_value() == "divergence"
+
+
 def test_a_loras_card_goes_to_the_prompt_that_was_written_in_last(page: Any, client: Client, names: Names) -> None:
     """An expert without a checkpoint becomes the base with that LoRA; a second click takes it out, as in the host."""
     client.draw(model=names.base)

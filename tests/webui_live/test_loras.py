@@ -5,6 +5,7 @@ Where an expert draws all (its window is empty, and outside it acts alone), the 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.webui_live.client import PICTURE, PLAIN, Client, Pictures, RefusedError, decode, expert
+from tests.webui_live.host import REPOSITORY, Host
 from tests.webui_live.test_requests import without_seconds
 from tests.webui_live.test_xyz import plot
 
@@ -337,3 +339,33 @@ def test_plots(client: Client) -> None:
         assert np.array_equal(picture, single.pixels[0])
         assert without_seconds(text) == without_seconds(single.infotexts[0])
     assert ["Lora hashes" in text for text in texts] == [True, False]
+
+
+def test_a_preset_with_loras(client: Client, host: Host) -> None:
+    """As an axis of a plot: the cell is the picture that its settings make."""
+    own = {"experts": [{"checkpoint": SAME, "prompt": named("tiny_lora:0.5")}], **PLAIN, **ALONE}
+    file = host.data / "denoiser-fusion-presets.json"
+    file.write_text(json.dumps({"mine": own}), "utf-8")
+    try:
+        pictures, texts = plot(client, ("[Fusion] Preset", "mine"), ("[Fusion] K expert", "1"))
+    finally:
+        file.unlink()
+    single = client.draw(own)
+    assert np.array_equal(pictures[0], single.pixels[0])
+    assert without_seconds(texts[0]) == without_seconds(single.infotexts[0])
+
+
+def test_the_request_of_the_documentation(client: Client, plain: Pictures) -> None:
+    """Both of its LoRAs act, each where it says."""
+    text = (REPOSITORY / "docs/webui.md").read_text("utf-8")
+    (block,) = (b for b in re.findall(r"```json\n(.*?)```", text, re.DOTALL) if "<lora:" in b)
+    request = json.loads(block.replace("lora:knight", "lora:lora_lora").replace("lora:dragon", "lora:tiny_lora"))
+    answer = client.ask("/sdapi/v1/txt2img", {**PICTURE, **request})
+    (info,) = json.loads(answer["info"])["infotexts"]
+    assert re.search(r'Lora hashes: "lora_lora: [0-9a-f]{12}, tiny_lora: [0-9a-f]{12}"', info)
+    assert "<lora:lora_lora:1>" in info.splitlines()[0]
+    assert 'Fusion expert 1 prompt: "<lora:tiny_lora:1>"' in info
+    drawn = decode(answer["images"][0])
+    for other in (plain, *(client.draw(prompt=f"a knight left of a dragon <lora:{lora}:1>")
+                           for lora in ("lora_lora", "tiny_lora"))):  # fmt: skip
+        assert not np.array_equal(drawn, other.pixels[0])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.webui_live.client import Client, RefusedError
+from tests.webui_live.client import Client, RefusedError, expert
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import REPOSITORY, Host, environment
 from tests.webui_live.needs import the_host
@@ -88,7 +88,7 @@ def test_from_pictures_to_a_file_that_the_panel_uses(
     name_it(page, "taught")
     fill(page, source=pictures)
     page.locator(f"{TAB}start").click()
-    page.get_by_text("models: [] is not allowed; allowed: 2 to 4 checkpoints").wait_for()
+    page.get_by_text("models: [] is not allowed; allowed: 2 to 4 models").wait_for()
     for name in (names.expert, names.other):
         choose(page, f"{TAB}models", f"{name}.safetensors")
     page.locator(f"{TAB}source textarea").click()  # closes the list
@@ -154,24 +154,76 @@ def same_as_the_engines(cache: Path, pictures: Path, names: Names) -> None:
         torch.testing.assert_close(x.states, y.states, rtol=1e-3, atol=1e-4)
 
 
+def wait_for_end(trainings: Path, steps: int) -> None:
+    """Until the training has finished after so many steps."""
+    from lib_fusion.training.jobs import Jobs
+
+    store, deadline = Jobs(trainings), time.monotonic() + 480
+    while store.status("taught").phase == "running" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    status = store.status("taught")
+    assert (status.phase, status.step) == ("finished", steps), store.log("taught")
+    assert all(0 < loss < 10 for _, loss, *_ in status.rows)
+
+
+def test_checkpoints_with_loras(client: Client, host: Host, pictures: Path, trainings: Path) -> None:
+    """One checkpoint as two models; their texts are those of the host under the LoRA; the panel uses the file."""
+    import torch
+
+    from lib_fusion.training.cache import Cache
+
+    two = ["tiny_a.safetensors", "tiny_a.safetensors <lora:tiny_lora:0.8>"]
+    asked = form(pictures, name="taught", models=two, resolution=64, steps=4)
+    assert client.ask("/probe/train", values=json.dumps(asked))["refused"] == ""
+    wait_for_end(trainings, 4)
+    cache = Cache(trainings / "taught/cache")
+    entry = cache.entries[0]
+    client.draw(model="tiny_a")
+    found = []
+    for lora, text in zip(("", "tiny_lora"), cache.read(entry)[1], strict=True):
+        theirs = client.ask("/probe/condition", text=entry.caption, width=64, height=64, lora=lora, weight=0.8)
+        found.append(torch.tensor(theirs["states"]))
+        torch.testing.assert_close(text.states, found[-1], rtol=1e-3, atol=2e-3)
+    assert (found[0] - found[1]).abs().max() > 0.1
+
+    on = client.draw({"method": "AFA", "afa_aggregator": "taught"}, model="tiny_a")
+    assert on.params["Fusion expert 1 checkpoint"] == "tiny_a.safetensors"
+    assert on.params["Fusion expert 1 prompt"] == "<lora:tiny_lora:0.8>"
+    assert not on.same_as(client.draw(model="tiny_a"))
+    other = {"prompt": "<lora:tiny_lora:0.7>", "method": "AFA", "afa_aggregator": "taught"}
+    with pytest.raises(RefusedError, match=r"tiny_lora:0.7 in the place of"):
+        client.draw(expert("tiny_a", **other), model="tiny_a")
+
+
+def test_a_lora_is_added_to_the_last_model(page: Any, client: Client, trainings: Path) -> None:
+    """In the form: with its weight, and the same checkpoint can be chosen again; errors name the remedy."""
+    open_tab(page)
+    page.locator(f"{TAB}lora_add").click()
+    page.get_by_text("allowed: a checkpoint first, which the LoRA is added to").wait_for()
+    choose(page, f"{TAB}models", "tiny_a.safetensors")
+    page.locator(f"{TAB}source textarea").click()  # closes the list
+    choose(page, f"{TAB}lora", "tiny_lora")
+    fill(page, lora_weight=0.5)
+    page.locator(f"{TAB}lora_add").click()
+    page.locator(f"{TAB}models .token", has_text="tiny_a.safetensors <lora:tiny_lora:0.5>").wait_for()
+    choose(page, f"{TAB}models", "tiny_a.safetensors")
+    page.locator(f"{TAB}source textarea").click()
+    page.wait_for_timeout(SECONDS)
+    shown = page.locator(f"{TAB}models .token").all_inner_texts()
+    assert [text.strip() for text in shown] == ["tiny_a.safetensors <lora:tiny_lora:0.5>", "tiny_a.safetensors"]
+
+
 def test_sdxl(client: Client, host: Host, pictures: Path, trainings: Path) -> None:
     """From pictures to a file that the panel uses; the cache has what the host tells its own models."""
     import torch
 
     from lib_fusion.training.cache import Cache
-    from lib_fusion.training.jobs import Jobs
     from lib_fusion.unet.vector import sdxl_vector
 
     two = models("tiny_xl", "tiny_xl_b")["models"]
     asked = form(pictures, name="taught", models=two, resolution=64, steps=6, precision="bfloat16", checkpointing=True)
     assert client.ask("/probe/train", values=json.dumps(asked))["refused"] == ""
-    store, deadline = Jobs(trainings), time.monotonic() + 480
-    while store.status("taught").phase == "running" and time.monotonic() < deadline:
-        time.sleep(0.2)
-    status = store.status("taught")
-    assert (status.phase, status.step) == ("finished", 6), store.log("taught")
-    assert all(0 < loss < 10 for _, loss, *_ in status.rows)
-
+    wait_for_end(trainings, 6)
     cache = Cache(trainings / "taught/cache")
     told = [*((entry.caption, cache.read(entry)[1], False) for entry in cache.entries[:2]), ("", cache.empty, True)]
     for m, name in enumerate(two):
@@ -221,7 +273,7 @@ def models(*names: str) -> dict[str, list[str]]:
         ({"source": "/nowhere"}, "source: .*no folder of pictures and no .tar"),
         ({"source": str(REPOSITORY / "docs")}, "source: .*neither metadata.jsonl nor a .txt"),
         ({"held_out": str(REPOSITORY / "docs")}, "held_out: .*neither metadata.jsonl nor a .txt"),
-        (models("tiny_a"), "models: .*allowed: 2 to 4 checkpoints, the base first"),
+        (models("tiny_a"), "models: .*allowed: 2 to 4 models, the base first"),
         (models("tiny_a", "nobody"), "models: 'nobody.safetensors' is not allowed; no such checkpoint"),
         (models("tiny_a", "tiny_a"), "models: .*there twice"),
         (models("tiny_xl", "tiny_a"), "models: 'tiny_a.safetensors' .*its U-Net is of another kind or size"),
@@ -229,6 +281,10 @@ def models(*names: str) -> dict[str, list[str]]:
         (models("tiny_inpaint", "tiny_inpaint_copy"), "it is for inpainting or editing"),
         (models("tiny_a", "tiny_inpaint"), "its U-Net is of another kind or size"),
         (models("tiny_a", "tiny_v"), "they predict different things"),
+        ({"models": ["tiny_a", "tiny_a <lora:tiny_lor:1>"]}, "models: .*no such LoRA; near it: tiny_lora"),
+        ({"models": ["tiny_a", "tiny_a <lora:lora_loha:1>"]}, "models: .*this is LoHa .*allowed: LoRA and LoCon"),
+        ({"models": ["tiny_a", "tiny_a <lora:xl_lora:1>"]}, "models: .*tiny_a.safetensors .sd1. does not have"),
+        ({"models": ["tiny_xl", "tiny_xl <lora:lora_xl:1>"]}, "text encoder of SDXL; allowed .*one of the U-Net alone"),
         (models("tiny_a", "tiny_unet"), r"no text encoder \(cond_stage_model.\*\)"),
         ({"steps": 0}, "steps: 0 is not allowed; allowed: a whole number at least 1"),
         ({"learning_rate": None}, "learning_rate: None is not allowed; allowed: a number"),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lib_fusion.errors import SettingError
 from lib_fusion.requests.settings import FusionSettings
-from lib_fusion.webui.forge.engines import Engines, Expert, check_base, kind_of
+from lib_fusion.unet.model_file import LoraFile
+from lib_fusion.webui.forge.engines import Engines, Expert, check_base, kind_of, loras_of_picture
 from lib_fusion.webui.forge.fusion_pass import FusionPass, check_guidance
 from lib_fusion.webui.forge.texts import Texts
-from lib_fusion.webui.models.aggregators import AfaBase, AggregatorCache
+from lib_fusion.webui.models.aggregators import AfaBase, AfaModel, AggregatorCache
 from lib_fusion.webui.models.masks import Masks, places_of
 from lib_fusion.webui.sampling.launch import SamplingPass, check_parts, check_passes, weights_of
 
@@ -99,8 +101,10 @@ def choose_aggregators(models: Models, p: Any, settings: FusionSettings, experts
     """AFA's aggregators on the U-Net's device; raises SettingError."""
     unet = p.sd_model.forge_objects.unet
     base = AfaBase(unet.model.diffusion_model, kind_of(p.sd_model).prediction, unet.model.computation_dtype)
-    files = [p.sd_model.sd_checkpoint_info.filename, *(expert.info.filename for expert in experts)]
-    return models.aggregators.choose(settings, base, files, unet.load_device)
+    acting = [(p.sd_model.sd_checkpoint_info, loras_of_picture(p.sd_model)), *((e.info, e.loras) for e in experts)]
+    given = [AfaModel(info.filename, tuple(LoraFile(Path(lora.file), lora.unet) for lora in loras))
+             for info, loras in acting]  # fmt: skip
+    return models.aggregators.choose(settings, base, given, unet.load_device)
 
 
 def check_refiner(p: Any) -> None:

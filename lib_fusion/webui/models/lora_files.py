@@ -28,6 +28,17 @@ class LoraCall(LoraTag):
     changed: tuple[int, int] = (0, 0)
 
 
+def list_loras() -> list[str]:
+    """Names for a list."""
+    return [] if host() is None else sorted(host().available_networks, key=str.lower)
+
+
+def refresh_loras() -> None:
+    """Looks into the folder again."""
+    if host() is not None:
+        host().list_available_networks()
+
+
 def find_loras(text: str, field: str) -> tuple[str, tuple[LoraCall, ...]]:
     """An expert's prompt without its LoRAs, and them as the host has them in its list; raises SettingError."""
     plain, tags = read_tags(text, field)

@@ -16,6 +16,7 @@ from modules import call_queue, infotext_utils, sd_models, shared, ui_common, ui
 from lib_fusion.errors import FusionError
 from lib_fusion.requests import infotext, presets, request
 from lib_fusion.requests.infotext import Field
+from lib_fusion.requests.loras import change_loras
 from lib_fusion.requests.settings import (
     AUTO,
     COMPARE,
@@ -50,6 +51,9 @@ AFA_HINT = ("Parts that come out coarse are mostly spoilt while there is more no
             "first, then AFA' lets the average draw until then.")  # fmt: skip
 GUIDANCE_TOLD = ("Where the host's NGMS leaves out the unconditional half of a step, it acts first: that step has no "
                  "guidance to lower.")  # fmt: skip
+LORAS_HINT = ("Two experts have LoRAs and the picture's prompt has none. With the saliency 'divergence' the base "
+              "without a LoRA is only what they are compared with, and draws nothing; with 'own' it competes with them "
+              "and blurs what they draw.")  # fmt: skip
 #: The places that have a button, in words.
 PLACE_BUTTONS = {"Auto": AUTO, "Left half": "columns 1:1 1", "Right half": "columns 1:1 2", "Painted": PAINTED,
                  "Top half": "rows 1:1 1", "Bottom half": "rows 1:1 2"}  # fmt: skip
@@ -101,6 +105,7 @@ def build(elem_id: Callable[[str], str]) -> Built:
         with gr.Tabs(elem_id=elem_id("tabs"), elem_classes=["denoiser-fusion"]):
             with gr.Tab("Experts", elem_id=elem_id("tab_experts")):
                 canvases = build_experts(place, controls, elem_id)
+                divergence = build_loras_hint(elem_id)
             with gr.Tab("Blend", elem_id=elem_id("tab_blend")):
                 with gr.Row():
                     place("method", "snb_outside")
@@ -109,6 +114,7 @@ def build(elem_id: Callable[[str], str]) -> Built:
                 with gr.Accordion("When the mask is decided and used", elem_id=elem_id("mask"),
                                   elem_classes=shown_with("method", "SNB")):  # fmt: skip
                     place("snb_saliency")
+                    divergence.click(None, outputs=controls["snb_saliency"], _js="() => ['divergence']", **AT_ONCE)
                     with gr.Row():
                         place("snb_hold", "snb_from")
                     with gr.Row():
@@ -167,6 +173,14 @@ def build_experts(
     return canvases
 
 
+def build_loras_hint(elem_id: Callable[[str], str]) -> Any:
+    """What the page shows where two LoRAs are experts of a base without one; returned is its button."""
+    classes = ["denoiser-fusion-row", "denoiser-fusion-memory", *shown_with("loras", "two")]
+    with gr.Row(elem_id=elem_id("loras_hint"), elem_classes=classes):
+        gr.HTML(LORAS_HINT, elem_classes=["denoiser-fusion-told"])
+        return gr.Button("Use divergence", size="sm", elem_id=elem_id("loras_divergence"))
+
+
 def build_place(
     name: str, place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]
 ) -> Any:
@@ -194,7 +208,7 @@ def build_place(
 
 
 def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_id: Callable[[str], str]) -> None:
-    """The aggregator files, and what the chosen one is for. Choosing one also chooses the method and the experts."""
+    """The aggregator files, and what the chosen one is for. Choosing one also chooses method, experts, their LoRAs."""
     with gr.Row(elem_classes=["denoiser-fusion-row"]):
         place("afa_aggregator")
         ui_common.create_refresh_button(
@@ -211,21 +225,26 @@ def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_i
     if adapter.training():
         gr.HTML(adapter.training(), elem_id=elem_id("afa_training"), elem_classes=["denoiser-fusion-told"])
     (file,), (method,) = controls["afa_aggregator"], controls["method"]
-    chosen = [controls[f"expert{i + 1}_checkpoint"][0] for i in range(MAX_EXPERTS)]
+    chosen = {element: controls[element][0] for key in ("checkpoint", "prompt")
+              for element in (f"expert{i + 1}_{key}" for i in range(MAX_EXPERTS))}  # fmt: skip
+    prompts = [control for element, control in chosen.items() if element.endswith("prompt")]
 
-    def on_choice(name: str) -> list[Any]:
+    def on_choice(name: str, *prompts: str) -> list[Any]:
         try:
-            return [gr.update(value=value) for value in aggregators.implied_by(name).values()]
+            implied = aggregators.implied_by(name)
+            for i, prompt in enumerate(prompts):
+                implied[f"expert{i + 1}_prompt"] = change_loras(prompt, implied.get(f"expert{i + 1}_prompt", ""))
         except FusionError:
-            return [gr.update()] * (1 + MAX_EXPERTS)
+            return [gr.update()] * (1 + len(chosen))
+        return [gr.update(value=implied[key]) for key in ("method", *chosen)]
 
     def on_change(name: str) -> str:
         try:
-            return html.escape(aggregators.card_of(name).describe()) if name else ""
+            return html.escape(aggregators.describe(name)) if name else ""
         except FusionError as error:
             return html.escape(str(error))
 
-    file.input(on_choice, inputs=[file], outputs=[method, *chosen], **AT_ONCE)
+    file.input(on_choice, inputs=[file, *prompts], outputs=[method, *chosen.values()], **AT_ONCE)
     file.change(on_change, inputs=[file], outputs=[told], **AT_ONCE)
 
 

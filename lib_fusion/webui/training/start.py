@@ -23,9 +23,12 @@ from lib_fusion.training.options import (
 )
 from lib_fusion.training.train import check_precision, check_settings
 from lib_fusion.unet.checkpoint import VAE_PREFIX, Checkpoint
+from lib_fusion.unet.lora import read_loras
+from lib_fusion.unet.model_file import LoraFile, ModelFile
 from lib_fusion.webui.a1111.experts import guess_config, prediction_of_config
 from lib_fusion.webui.models import aggregators
 from lib_fusion.webui.models.checkpoints import find_checkpoint
+from lib_fusion.webui.models.lora_files import find_loras
 from lib_fusion.webui.runtime import runtime
 
 #: Kinds of checkpoints that can be trained with.
@@ -63,10 +66,9 @@ def make_job(values: Mapping[str, Any], store: Jobs) -> Job:
     check_precision(rows["precision"], torch.device(device))
     source = check_pictures("source", values["source"])
     held_out = check_pictures("held_out", values["held_out"]) if str(values["held_out"] or "").strip() else ""
-    files, configs = check_models(values["models"] or [])
+    models, configs = check_models(values["models"] or [])
 
-    models = [part for file in files for part in ("--model", file)]
-    common = [*models, "--device", device]
+    common = [*(part for model in models for part in ("--model", str(model))), "--device", device]
     cache, out = str(folder / CACHE), str(folder / f"{name}.safetensors")
     encode = [*flags(CACHE_PARAMETERS, cache_rows), *common]
     commands = [["cache", "--source", source, "--cache", cache, *encode]]
@@ -101,14 +103,15 @@ def check_pictures(field: str, given: Any) -> str:
     return str(path)
 
 
-def check_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Files and configurations of the checkpoints of an ensemble, base first; raises SettingError."""
+def check_models(names: Sequence[str]) -> tuple[list[ModelFile], list[str]]:
+    """The models of an ensemble, base first, and their configurations; raises SettingError."""
     if not 2 <= len(names) <= MAX_EXPERTS + 1:
-        problem = f"allowed: 2 to {MAX_EXPERTS + 1} checkpoints, the base first"
+        problem = f"allowed: 2 to {MAX_EXPERTS + 1} models, the base first"
         raise SettingError("models", list(names), problem)
-    infos = [find_checkpoint(name, "models") for name in names]
+    found = [find_model(name) for name in names]
+    infos, models = [info for info, _ in found], [model for _, model in found]
     try:
-        files = [Checkpoint.open(info.filename) for info in infos]
+        files = [Checkpoint.open(model.path) for model in models]
         kinds = [file.kind for file in files]
     except CheckpointError as error:
         raise SettingError("models", list(names), str(error)) from error
@@ -128,12 +131,51 @@ def check_models(names: Sequence[str]) -> tuple[list[str], list[str]]:
         near = sd_models_config.find_checkpoint_config_near_filename(info)
         configs.append(near or guess_config(info.filename, info))
         check_prediction(info, file, configs[-1])
-    if len({info.filename for info in infos}) < len(infos):
-        raise SettingError("models", list(names), "one of them is there twice; allowed: different checkpoints")
+    for name, model, file in zip(names, models, files):
+        try:
+            read_loras(model, file)
+        except CheckpointError as error:
+            raise SettingError("models", name, str(error)) from error
+    if len({model_key(model) for model in models}) < len(models):
+        problem = "one of them is there twice; allowed: different checkpoints, or one with different LoRAs"
+        raise SettingError("models", list(names), problem)
     if len({file.prediction for file in files}) > 1:
         problem = ", ".join(f"{info.name} {file.prediction}" for info, file in zip(infos, files))
         raise SettingError("models", list(names), f"they predict different things ({problem})")
-    return [info.filename for info in infos], configs
+    return models, configs
+
+
+def find_model(name: str) -> tuple[Any, ModelFile]:
+    """The host's entry of a model's checkpoint, and its files; raises SettingError.
+
+    ``name``: a checkpoint's, and LoRAs as prompts name them: ``base.safetensors <lora:name:0.8>``.
+    """
+    plain, calls = find_loras(name, "models")
+    info = find_checkpoint(plain.strip(), "models")
+    for call in calls:
+        if call.te != call.unet or call.dyn is not None:
+            problem = "allowed in a training: <lora:NAME:WEIGHT>, with one weight for U-Net and text encoder"
+            raise SettingError("models", name, problem)
+    model = ModelFile(Path(info.filename), tuple(LoraFile(Path(call.file), call.unet) for call in calls))
+    if calls and ModelFile.of(str(model), "models") != model:
+        raise SettingError("models", name, "allowed: LoRAs without a + behind .safetensors in their folder's name")
+    return info, model
+
+
+def model_key(model: ModelFile) -> tuple[Path, frozenset[LoraFile]]:
+    """Equal for models that are the same: LoRAs are summed, in any order, and those that weigh 0 do nothing."""
+    return model.path, frozenset(lora for lora in model.loras if lora.weight)
+
+
+def add_lora(names: Sequence[str], lora: str, weight: float) -> list[str]:
+    """The form's models with a LoRA added to the last one; raises SettingError."""
+    if not names:
+        raise SettingError("models", list(names), "allowed: a checkpoint first, which the LoRA is added to")
+    if not lora:
+        raise SettingError("LoRA", lora, "allowed: one of the list")
+    added = f"{names[-1]} <lora:{lora}:{weight:g}>"
+    find_model(added)
+    return [*names[:-1], added]
 
 
 def check_prediction(info: Any, file: Checkpoint, config: str) -> None:

@@ -15,7 +15,7 @@ from lib_fusion.requests.parameters import Parameter
 from lib_fusion.training import view as training_view
 from lib_fusion.training.jobs import EVALUATION
 from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
-from lib_fusion.webui.models import checkpoints
+from lib_fusion.webui.models import checkpoints, lora_files
 from lib_fusion.webui.panel.panel import AT_ONCE
 from lib_fusion.webui.training import start as training
 
@@ -37,7 +37,7 @@ def build() -> list[tuple[Any, str, str]]:
     """The tab, as the host's callback wants it; all state is on disk."""
     with gr.Blocks(analytics_enabled=False) as tab, gr.Row():
         with gr.Column(variant="compact", elem_classes=["denoiser-fusion"]):
-            name, controls = build_form()
+            name, controls, adding = build_form()
             with gr.Row():
                 start = gr.Button(
                     "Start", variant="primary", elem_id=element("start"),
@@ -53,6 +53,8 @@ def build() -> list[tuple[Any, str, str]]:
             look = gr.Button("Look", elem_id=element("look"), elem_classes=["denoiser-fusion-hidden"])
             enter = gr.Button("Enter", elem_id=element("enter"), elem_classes=["denoiser-fusion-hidden"])
 
+        asked, add = adding
+        add.click(on_add, inputs=asked, outputs=[asked[0], told], **AT_ONCE)
         buttons = {"start": start, "stop": stop, "look": look, "enter": enter}
         connect(buttons, name, controls, told, shown)
     return [(tab, TITLE, IDENTITY)]
@@ -89,8 +91,38 @@ def connect(buttons: dict[str, Any], name: Any, controls: list[Any], told: Any, 
     name.input(lambda chosen: [*form(chosen), *view(chosen)], inputs=[name], outputs=[*controls, *shown], **AT_ONCE)
 
 
-def build_form() -> tuple[Any, list[Any]]:
-    """The name, and the controls in the order of FIELDS and ROWS."""
+def build_loras(models: Any) -> tuple[list[Any], Any]:
+    """A LoRA and its weight, and a button that adds it to the last of ``models``; the last returned is the button."""
+    with gr.Row(elem_classes=["denoiser-fusion-row"]):
+        lora = gr.Dropdown(
+            label="LoRA for the last model", choices=lora_files.list_loras(), value="", elem_id=element("lora"),
+            tooltip="A model may be a checkpoint with LoRAs, as an expert of a picture is.",
+        )  # fmt: skip
+        ui_common.create_refresh_button(
+            lora, lora_files.refresh_loras, lambda: {"choices": lora_files.list_loras()}, element("lora_refresh")
+        )
+        weight = gr.Number(label="LoRA weight", value=1, elem_id=element("lora_weight"))
+        add = gr.Button("Add to the last model", size="sm", elem_id=element("lora_add"))
+    for control in (lora, weight):
+        control.do_not_save_to_config = True
+    return [models, lora, weight], add
+
+
+def on_add(names: list[str] | None, lora: str, weight: float) -> list[Any]:
+    try:
+        return [models_update(training.add_lora(names or [], lora, weight)), ""]
+    except FusionError as error:
+        return [gr.update(), html.escape(str(error))]
+
+
+def models_update(names: list[str]) -> Any:
+    """The list of models with these chosen: those with LoRAs are none of the checkpoints that it offers."""
+    known = checkpoints.list_checkpoints()
+    return gr.update(value=names, choices=[*known, *(name for name in names if name not in known)])
+
+
+def build_form() -> tuple[Any, list[Any], tuple[list[Any], Any]]:
+    """The name, the controls in the order of FIELDS and ROWS, and what ``build_loras`` returns."""
     name = ui_components.DropdownEditable(
         label="Name of the aggregator", choices=training.jobs().names(), value="", elem_id=element("name"),
         tooltip="Of the file in models/denoiser-fusion. Choose an earlier training to see it or to go on with it.",
@@ -114,6 +146,7 @@ def build_form() -> tuple[Any, list[Any]]:
             models, sd_models.list_models, lambda: {"choices": checkpoints.list_checkpoints()},
             element("models_refresh"),
         )  # fmt: skip
+    adding = build_loras(models)
     with gr.Row(elem_classes=["denoiser-fusion-narrow"]):
         controls = {row.key: make_control(row) for row in ROWS if row.key in MAIN}
     with gr.Accordion("More settings", open=False, elem_id=element("more")):
@@ -121,7 +154,7 @@ def build_form() -> tuple[Any, list[Any]]:
         for i in range(0, len(rest), 4):
             with gr.Row(elem_classes=["denoiser-fusion-narrow"]):
                 controls |= {row.key: make_control(row) for row in rest[i : i + 4]}
-    return name, [source, held_out, models, *(controls[row.key] for row in ROWS)]
+    return name, [source, held_out, models, *(controls[row.key] for row in ROWS)], adding
 
 
 def build_view() -> list[Any]:
@@ -163,7 +196,8 @@ def form(name: str) -> list[Any]:
     keys = (*FIELDS, *(row.key for row in ROWS))
     if job is None:
         return [gr.update() for _ in keys]
-    return [gr.update(value=job.values[key]) if key in job.values else gr.update() for key in keys]
+    found = {key: gr.update(value=value) for key, value in job.values.items()}
+    return [{**found, "models": models_update(job.values["models"])}.get(key, gr.update()) for key in keys]
 
 
 def make_control(row: Parameter) -> Any:
