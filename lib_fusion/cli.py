@@ -36,22 +36,61 @@ from lib_fusion.unet.model_file import ModelFile, split_files
 
 #: The rows of an expert that have a flag of their own, ``--expert-...``.
 EXPERT_FLAGS = [row for row in EXPERT_PARAMETERS[1:] if "cli" in row.where]
+#: What flags are added to: a parser, or a group of its flags.
+Arguments = argparse.ArgumentParser | argparse._ArgumentGroup
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage text, and exits with 2."""
+    """Says what is wrong in one line, without the usage text, and exits with 2.
+
+    Flags may be written as the API's keys, with underscores.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = [_with_dashes(word) for word in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def add_rows(parser: argparse.ArgumentParser, rows: Iterable[Parameter]) -> None:
+def _with_dashes(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") and " " not in flag else word
+
+
+#: The groups of flags in ``generate --help``, by the beginnings of their rows' keys; the rest is the fusion's.
+GROUPS = {"AFA": ("afa_",), "FreeU": ("freeu",), "skipping": ("skip",), "guidance interval": ("guidance",)}
+EXAMPLES = """
+examples:
+  two checkpoints, one picture
+    %(prog)s --base demo/animals.safetensors --expert demo/vehicles.safetensors --width 256 --height 128 \\
+        --prompt "a fox left of a tractor, flat drawing"
+  two LoRAs of one checkpoint
+    %(prog)s --base demo/general.safetensors --lora demo/loras/demo-animals.safetensors --expert "same as base" \\
+        --expert-lora demo/loras/demo-vehicles.safetensors --width 256 --height 128 \\
+        --prompt "a fox left of a tractor, flat drawing"
+  one checkpoint, with FreeU and skipping
+    %(prog)s --base sd15.safetensors --prompt "a fox in the snow" --freeu auto --skipping forecast
+"""
+
+
+def add_rows(parser: Arguments, rows: Iterable[Parameter]) -> None:
     """A flag for each row; values stay text, and the table reads them."""
     for row in rows:
         if "cli" in row.where:
-            text = f"{row.help} ({row.allowed}; default {row.show(row.default) or 'empty'})"
+            text = f"{row.help} ({row.allowed}; default {row.show(row.default) or 'empty'})".replace("%", "%%")
             parser.add_argument(row.flag, dest=row.key, metavar="VALUE", default=argparse.SUPPRESS, help=text)
+
+
+def add_fusion(parser: argparse.ArgumentParser) -> None:
+    """The flags of the fusion's rows, in groups."""
+    rest = list(PARAMETERS)
+    grouped = {title: [row for row in rest if row.key.startswith(keys)] for title, keys in GROUPS.items()}
+    others = [row for row in rest if not any(row in rows for rows in grouped.values())]
+    for title, rows in {"how experts are blended": others, **grouped}.items():
+        add_rows(parser.add_argument_group(title), rows)
 
 
 def build_parser() -> OneLineParser:
@@ -59,30 +98,36 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
 
-    generate = commands.add_parser("generate", help="draw pictures with the embedded engine")
-    generate.add_argument("--base", required=True, metavar="FILE", help="the base checkpoint, SD1 .safetensors")
-    generate.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
-                          help="a LoRA that is merged into the base (default weight 1); may be repeated")
-    generate.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
-    generate.add_argument("--expert", action="append", default=[], metavar="FILE",
-                          help=f"an expert's checkpoint, or \"{SAME_AS_BASE}\" for the base's without its LoRAs; may "
-                          "be repeated, the --expert-... flags follow the same order")
-    generate.add_argument("--expert-lora", action="append", default=[], metavar="FILE[:WEIGHT]",
-                          help="a LoRA that is merged into this expert, or several with + between them; \"\" for an "
-                          "expert without one")
+    generate = commands.add_parser("generate", help="draw pictures with the embedded engine", epilog=EXAMPLES,
+                                   usage="%(prog)s --base FILE --prompt TEXT [--expert FILE ...] [FLAG VALUE ...]",
+                                   description="Draws pictures with SD1 checkpoints, alone or fused.",
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    models = generate.add_argument_group("models")
+    models.add_argument("--base", required=True, metavar="FILE", help="the base checkpoint, SD1 .safetensors")
+    models.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+                        help="a LoRA that is merged into the base (default weight 1); may be repeated")
+    models.add_argument("--expert", action="append", default=[], metavar="FILE",
+                        help=f"an expert's checkpoint, or \"{SAME_AS_BASE}\" for the base's without its LoRAs; may "
+                        "be repeated, the --expert-... flags follow the same order")
+    models.add_argument("--expert-lora", action="append", default=[], metavar="FILE[:WEIGHT]",
+                        help="a LoRA that is merged into this expert, or several with + between them; \"\" for an "
+                        "expert without one")
     for row in EXPERT_FLAGS:
-        generate.add_argument("--expert-" + row.key.replace("_", "-"), dest=f"expert_{row.key}", action="append",
-                              default=[], metavar="VALUE", help=f"{row.help} ({row.allowed})")
-    generate.add_argument("--expert-mask", action="append", default=[], metavar="FILE",
-                          help="a picture, white where the expert draws; \"\" for an expert without one")
-    generate.add_argument("--out", default="outputs", metavar="FOLDER", help="where pictures go (default: outputs)")
+        models.add_argument("--expert-" + row.key.replace("_", "-"), dest=f"expert_{row.key}", action="append",
+                            default=[], metavar="VALUE", help=f"{row.help} ({row.allowed})")
+    models.add_argument("--expert-mask", action="append", default=[], metavar="FILE",
+                        help="a picture, white where the expert draws; \"\" for an expert without one")
+    picture = generate.add_argument_group("picture")
+    picture.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
+    add_rows(picture, GENERATION_PARAMETERS)
+    add_fusion(generate)
+    output = generate.add_argument_group("output")
+    output.add_argument("--out", default="outputs", metavar="FOLDER", help="where pictures go (default: outputs)")
     kinds = "; ".join(f"{row.key} ({row.help})" for row in PREVIEW_PARAMETERS)
-    generate.add_argument("--previews", nargs="*", metavar="KIND", help=f"save with each picture: {kinds}; "
-                          "without a word all that there is")  # fmt: skip
-    add_rows(generate, MAP_PARAMETERS)
-    add_rows(generate, GENERATION_PARAMETERS)
-    add_rows(generate, PARAMETERS)
-    _add_machine(generate)
+    output.add_argument("--previews", nargs="*", metavar="KIND", help=f"save with each picture: {kinds}; "
+                        "without a word all that there is")  # fmt: skip
+    add_rows(output, MAP_PARAMETERS)
+    _add_machine(output)
 
     convert = commands.add_parser("convert-afa", help="AFA aggregators of the official code -> an aggregator file")
     convert.add_argument("--source", required=True, metavar="PATH",
@@ -122,7 +167,7 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def _add_machine(parser: argparse.ArgumentParser) -> None:
+def _add_machine(parser: Arguments) -> None:
     parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, mps (default: cpu)")
     parser.add_argument("--dtype", default="float32", help=f"of the U-Nets: {', '.join(DTYPES)} (default: float32)")
     parser.add_argument("--json", action="store_true", help="print the run's record as JSON on stdout")

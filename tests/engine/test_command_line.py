@@ -62,6 +62,14 @@ def test_every_row_has_a_flag():
         assert ("--expert-" + row.key.replace("_", "-") in help_text) == ("cli" in row.where)
 
 
+def test_flags_may_be_written_as_the_apis_keys():
+    parse = build_parser().parse_args
+    words = ["generate", "--base", "a_b.safetensors", "--prompt", "--a_b c"]
+    by_dashes = parse([*words, "--snb-hold", "800", "--expert", "c_d", "--expert-text-encoder=base"])
+    assert parse([*words, "--snb_hold", "800", "--expert", "c_d", "--expert_text_encoder=base"]) == by_dashes
+    assert (by_dashes.base, by_dashes.prompt, by_dashes.snb_hold) == ("a_b.safetensors", ["--a_b c"], "800")
+
+
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory) -> dict[str, str]:
     """Files that can't be used, made from a real one."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from typing import Any
 
@@ -13,7 +12,7 @@ from PIL import Image
 
 from tests.webui_live.client import Client, Pictures, RefusedError, decode, encode, expert
 from tests.webui_live.conftest import Names
-from tests.webui_live.host import REPOSITORY, Host
+from tests.webui_live.host import Host
 from tests.webui_live.test_identity import picture
 from tests.webui_live.test_requests import without_seconds
 
@@ -278,19 +277,6 @@ def test_a_mask_that_is_kept_stays_one_file(client: Client, host: Host, names: N
         client.draw(painted(names.expert, text), steps=1)
     assert len([*folder.iterdir()]) == before + 1
     assert not [*folder.glob("*.partial")]
-
-
-def test_requests_of_the_documentation(client: Client, names: Names) -> None:
-    """Every request that docs/webui.md shows makes a picture, with a real mask in the place of its dots."""
-    text = (REPOSITORY / "docs/webui.md").read_text("utf-8")
-    blocks = [b for b in re.findall(r"```json\n(.*?)```", text, re.DOTALL) if "<lora:" not in b]  # test_loras.py
-    assert len(blocks) >= 4
-    for block in blocks:
-        for told, name in (("animals", names.expert), ("vehicles", names.other)):
-            block = block.replace(f"{told}.safetensors", f"{name}.safetensors")
-        (fusion,) = json.loads(block.replace("iVBORw0KGgo...", RIGHT))["alwayson_scripts"]["Denoiser Fusion"]["args"]
-        drawn = client.draw(fusion, steps=10, cfg_scale=7)
-        assert not drawn.same_as(client.draw(steps=10, cfg_scale=7)), block
 
 
 NAME = "tiny_b"

@@ -1,0 +1,88 @@
+"""The documents: their links lead somewhere, and their commands and requests are ones that are accepted."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from lib_fusion.cli import build_parser, main
+from lib_fusion.requests.presets import Presets
+from lib_fusion.requests.request import read_args
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "demo/README.md"]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+#: Flags that make a command of the README short.
+SHORT = ["--steps", "1"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words after ``python -m lib_fusion`` of each such command."""
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if " -m lib_fusion " in line:
+                yield shlex.split(line, comments=True)[3:]
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's names of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    wrong = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if link.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(link)
+    assert wrong == []
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, new = set(), {ROOT / "README.md"}
+    while new:
+        reached |= new
+        links = [(page, link) for page in new for link in re.findall(r"\]\(([^)\s#]+\.md)", page.read_text("utf-8"))]
+        new = {(page.parent / link).resolve() for page, link in links if "://" not in link} - reached
+    assert {page for page in PAGES if page not in reached} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_have_the_flags_that_there_are(page: Path) -> None:
+    for words in commands(page):
+        with pytest.raises(SystemExit) if "--help" in words else nullcontext():
+            build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_requests_are_read(page: Path) -> None:
+    for block in blocks(page, "json"):
+        body = json.loads(block)
+        (fusion,) = body.get("args") or body["alwayson_scripts"]["Denoiser Fusion"]["args"]
+        assert read_args([fusion], preset=Presets(Path("none")).get) is not None
+
+
+def test_the_readmes_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the repository's folder, as they are copied."""
+    monkeypatch.chdir(ROOT)
+    ran = [words for words in commands(ROOT / "README.md") if words[0] == "generate" and "--help" not in words]
+    assert len(ran) >= 2
+    for i, words in enumerate(ran):
+        assert main([*words, *SHORT, "--out", str(tmp_path / str(i))]) == 0
+        assert len(list((tmp_path / str(i)).glob("*.png"))) == 1
