@@ -115,3 +115,11 @@ def test_where_experts_wait_changes_nothing(half: Client, in_half: dict[str, Pic
     with half.settings({"denoiser_fusion_place": place}):
         found = draw_all(half)
     assert [name for name, pictures in found.items() if not pictures.same_as(in_half[name])] == []
+
+
+def test_fp8_weights_round_nothing_else(half: Client) -> None:
+    """AFA with one model alone is that model, time embedding and all, where the host keeps weights in 8 bits."""
+    with half.settings({"fp8_storage": "Enable"}):
+        alone = half.draw(expert(VEHICLES, snb_window=[0, 0], snb_outside="expert"), model="animals", **SIZE)
+        joint = half.draw(expert(VEHICLES, method="AFA", afa_maps="only expert 1"), model="animals", **SIZE)
+    assert joint.same_as(alone)

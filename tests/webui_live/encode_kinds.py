@@ -1,4 +1,4 @@
-"""Encodes with tiny SD2 or SDXL checkpoints, run by the host's Python: ``encode_kinds.py DATA_DIR WEBUI_DIR KIND``.
+"""Encodes with tiny checkpoints, run by the host's Python: ``encode_kinds.py DATA_DIR WEBUI_DIR KIND [DEVICE]``.
 
 Prints the largest differences between what ``HostEncoders`` gives and what the host's whole models give, as JSON.
 """
@@ -23,14 +23,14 @@ PARAMS["cond_stage_config"] = {
     "target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
     "params": {"arch": "tiny-openclip", "version": "", "device": "cpu", "layer": "penultimate"},
 }
-CONFIGS = {"sd2": SD2, "sdxl": make.sdxl_config()}
+CONFIGS = {"sd1": make.sd1_config(), "sd2": SD2, "sdxl": make.sdxl_config()}
 TEXTS = ["a fox, flat drawing", "", "a " * 90]
 HEIGHT, WIDTH = 64, 48
 
 
 def told_by(model: Any, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """States and SDXL's vector by the host's whole model. An empty text is given as an unconditional one is."""
-    if kind == "sd2":
+    if kind != "sdxl":
         return model.get_learned_conditioning(TEXTS), None
     sizes = torch.tensor([[HEIGHT, WIDTH]])
     found = []
@@ -43,14 +43,14 @@ def told_by(model: Any, kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 def latent_by(model: Any, kind: str, picture: torch.Tensor) -> torch.Tensor:
     """The VAE's mode, scaled. SDXL's class draws around it, by its parent's posterior."""
-    if kind == "sd2":
+    if kind != "sdxl":
         return model.get_first_stage_encoding(model.encode_first_stage(picture[None]).mode())[0]
     vae = model.first_stage_model
     return model.scale_factor * super(type(vae), vae).encode(picture[None]).mode()[0]
 
 
 @torch.no_grad()
-def main(kind: str) -> None:
+def main(kind: str, device: str = "cpu") -> None:
     from lib_fusion.unet.vector import sdxl_vector
     from lib_fusion.webui.training.host_encoders import HostEncoders
 
@@ -64,7 +64,7 @@ def main(kind: str) -> None:
     for name, tensors in zip(names, weights):
         make.write(name, tensors, config)
     paths = [make.MODELS / f"{name}.safetensors" for name in names]
-    encoders = HostEncoders(paths, [path.with_suffix(".yaml") for path in paths])
+    encoders = HostEncoders(paths, [path.with_suffix(".yaml") for path in paths], device)
     picture = torch.rand(3, HEIGHT, WIDTH) * 2 - 1
     found = {"states": [], "vectors": [], "latent": 0.0, "models": encoders.identity["models"]}
     for i, tensors in enumerate(weights):
@@ -72,14 +72,14 @@ def main(kind: str) -> None:
         model.load_state_dict(tensors)
         text = encoders.encode_texts(TEXTS)[i]
         states, vectors = told_by(model, kind)
-        found["states"].append((text.states - states).abs().max().item())
+        found["states"].append((text.states.cpu() - states).abs().max().item())
         if vectors is not None:
-            found["vectors"].append((sdxl_vector(text.pooled, HEIGHT, WIDTH) - vectors).abs().max().item())
+            found["vectors"].append((sdxl_vector(text.pooled.cpu(), HEIGHT, WIDTH) - vectors).abs().max().item())
         if i == 0:
             latent = latent_by(model, kind, picture)
-            found["latent"] = (encoders.encode_picture(picture) - latent).abs().max().item()
+            found["latent"] = (encoders.encode_picture(picture).cpu() - latent).abs().max().item()
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[3])
+    main(*sys.argv[3:])
