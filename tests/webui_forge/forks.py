@@ -61,6 +61,7 @@ def prepare_data(data: Path, installation: Installation) -> None:
     models, extensions = data / "models", data / "extensions"
     for folder in ("Stable-diffusion", "Lora", "denoiser-fusion"):
         (models / folder).mkdir(parents=True, exist_ok=True)
+    (data / "tmp").mkdir(exist_ok=True)  # where a fork puts the pictures that a page shows, and which it does not make
     demo = REPOSITORY / "demo"
     for name in DEMO:
         shutil.copy(demo / f"{name}.safetensors", models / "Stable-diffusion")
