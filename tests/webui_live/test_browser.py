@@ -443,7 +443,7 @@ def test_paint_a_place(browser: Any, client: Client, host: Host, names: Names, h
     file = host.data / "denoiser-fusion-masks" / f"{name}.png"
     mask = np.asarray(Image.open(file))
     assert mask.shape == (128, 192)
-    assert 0.02 < (mask > 127).mean() < 0.3
+    assert 0.02 < (mask > 127).mean() < 0.5  # by the hosts' own widths of brushes
     assert not (mask > 127)[:, :96].any()
     changes = {"prompt": "a fox, flat drawing", "negative_prompt": "", "steps": 6, "width": 192, "cfg_scale": 7,
                "sampler_name": "DPM++ 2M", "scheduler": "Karras"}  # fmt: skip

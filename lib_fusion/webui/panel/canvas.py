@@ -10,6 +10,8 @@ import gradio as gr
 #: Of the strokes on a canvas, on any picture.
 BRUSH = "#ff7f0e"
 HEIGHT = 360
+#: Of Forge's canvas at first, in its unit of 4 pixels of the picture.
+BRUSH_WIDTH = 12
 #: Gradio 4 has no sketching on pictures in one component any more; the hosts that use it bring their own canvas.
 HAS_SKETCH = int(gr.__version__.split(".")[0]) < 4
 
@@ -36,8 +38,10 @@ def make_canvas(label: str, elem_id: str) -> Canvas:
     else:
         from modules_forge.forge_canvas.canvas import ForgeCanvas
 
-        forge = ForgeCanvas(height=HEIGHT, scribble_color=BRUSH, scribble_color_fixed=True, scribble_alpha_fixed=True,
-                            scribble_softness_fixed=True, elem_id=elem_id)  # fmt: skip
+        forge = ForgeCanvas(
+            height=HEIGHT, scribble_color=BRUSH, scribble_color_fixed=True, scribble_width=BRUSH_WIDTH,
+            scribble_alpha_fixed=True, scribble_softness_fixed=True, elem_id=elem_id,
+        )  # fmt: skip
         canvas = Canvas(forge.background, forge.foreground)
     for part in canvas.parts:
         part.do_not_save_to_config = True
