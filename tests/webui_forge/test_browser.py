@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
+from tests.webui_forge.forks import Fork
+from tests.webui_live.client import Client
+from tests.webui_live.conftest import Names
+from tests.webui_live.host import Host
 from tests.webui_live.test_browser import (  # noqa: F401 (tests, which run here too)
+    take_screenshot,
     test_a_first_user,
     test_amounts_of_skipping,
     test_buttons_of_places,
@@ -13,3 +22,10 @@ from tests.webui_live.test_browser import (  # noqa: F401 (tests, which run here
     test_three_by_three,
     test_what_is_typed_is_shown_as_text,
 )
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_screenshots(browser: Any, client: Client, host: Host, names: Names, fork: Fork, theme: str) -> None:
+    """Writes docs/webui-FORK-*.png where SCREENSHOTS is set; elsewhere it shows that the panel opens in both themes."""
+    client.draw(model=names.base)
+    take_screenshot(browser, host, names, theme, f"{fork.name}-{theme}")

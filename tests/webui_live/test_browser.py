@@ -341,7 +341,7 @@ def test_screenshots(browser: Any, client: Client, host: Host, names: Names, the
         take_screenshot(browser, host, names, theme)
 
 
-def take_screenshot(browser: Any, host: Host, names: Names, theme: str) -> None:
+def take_screenshot(browser: Any, host: Host, names: Names, theme: str, name: str = "") -> None:
     page = open_page(browser, host, theme)
     prepare(page, "a fox left of a tractor, flat drawing", 30, width=256)
     set_number(page, "#txt2img_cfg_scale", 4)
@@ -360,7 +360,7 @@ def take_screenshot(browser: Any, host: Host, names: Names, theme: str) -> None:
         page.wait_for_timeout(SECONDS)
     else:
         open_tab(page, "Blend")
-    shoot(page, host, theme)
+    shoot(page, host, name or theme)
     close_page(page)
 
 
