@@ -27,7 +27,7 @@ SAMPLERS = (
     "UniPC",
 )  # fmt: skip
 #: Those that evaluate a noise level twice, or go back to a higher one, too often for a forecast.
-SKIPPING_NOTHING = ("Heun", "DPM2 a", "DPM++ 2S a")
+SKIPPING_NOTHING = ("Heun", "DPM2 a", "DPM++ 2S a", "DPM fast", "DPM adaptive", "Restart")
 
 
 @pytest.fixture(scope="module", autouse=True)
