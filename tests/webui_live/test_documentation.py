@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 import subprocess
 from contextlib import redirect_stdout
@@ -27,7 +26,8 @@ def with_names(text: str, names: Names) -> str:
     """With checkpoints, LoRAs and a mask that are there in the place of the documents'."""
     for said, name in (("animals", names.expert), ("vehicles", names.other)):
         text = text.replace(f"{said}.safetensors", f"{name}.safetensors")
-    text = re.sub(r"<lora:(knight|dragon):1>", "<lora:tiny_lora:1>", text)
+    for said, name in (("knight", "lora_lora"), ("dragon", "tiny_lora")):
+        text = text.replace(f"<lora:{said}:", f"<lora:{name}:")
     return text.replace("iVBORw0KGgo...", RIGHT)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.webui_live.client import PICTURE, PLAIN, Client, Pictures, RefusedError, decode, expert
-from tests.webui_live.host import REPOSITORY, Host
+from tests.webui_live.host import Host
 from tests.webui_live.test_requests import without_seconds
 from tests.webui_live.test_xyz import plot
 
@@ -353,19 +353,3 @@ def test_a_preset_with_loras(client: Client, host: Host) -> None:
     single = client.draw(own)
     assert np.array_equal(pictures[0], single.pixels[0])
     assert without_seconds(texts[0]) == without_seconds(single.infotexts[0])
-
-
-def test_the_request_of_the_documentation(client: Client, plain: Pictures) -> None:
-    """Both of its LoRAs act, each where it says."""
-    text = (REPOSITORY / "docs/webui.md").read_text("utf-8")
-    (block,) = (b for b in re.findall(r"```json\n(.*?)```", text, re.DOTALL) if "<lora:" in b)
-    request = json.loads(block.replace("lora:knight", "lora:lora_lora").replace("lora:dragon", "lora:tiny_lora"))
-    answer = client.ask("/sdapi/v1/txt2img", {**PICTURE, **request})
-    (info,) = json.loads(answer["info"])["infotexts"]
-    assert re.search(r'Lora hashes: "lora_lora: [0-9a-f]{12}, tiny_lora: [0-9a-f]{12}"', info)
-    assert "<lora:lora_lora:1>" in info.splitlines()[0]
-    assert 'Fusion expert 1 prompt: "<lora:tiny_lora:1>"' in info
-    drawn = decode(answer["images"][0])
-    for other in (plain, *(client.draw(prompt=f"a knight left of a dragon <lora:{lora}:1>")
-                           for lora in ("lora_lora", "tiny_lora"))):  # fmt: skip
-        assert not np.array_equal(drawn, other.pixels[0])

@@ -233,7 +233,9 @@ def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_i
         try:
             implied = aggregators.implied_by(name)
             for i, prompt in enumerate(prompts):
-                implied[f"expert{i + 1}_prompt"] = change_loras(prompt, implied.get(f"expert{i + 1}_prompt", ""))
+                key, checkpoint = f"expert{i + 1}_prompt", implied[f"expert{i + 1}_checkpoint"]
+                is_used = checkpoint not in infotext.NO_CHECKPOINT
+                implied[key] = change_loras(prompt, implied.get(key, "")) if is_used else prompt
         except FusionError:
             return [gr.update()] * (1 + len(chosen))
         return [gr.update(value=implied[key]) for key in ("method", *chosen)]
