@@ -18,7 +18,7 @@ TEXT = "cond_stage_model.transformer."
 
 
 def write(demo: Path, models: Path) -> None:
-    """tiny_xl, tiny_xl_b (other weights), tiny_xl_v, tiny_inpaint and general_copy, from the demo's ``general``.
+    """tiny_xl, tiny_xl_b (other weights), tiny_xl_v, tiny_inpaint, other_text and general_copy, from ``general``.
 
     Those of SDXL have its VAE, and its text encoder in place of both of theirs.
     """
@@ -31,6 +31,10 @@ def write(demo: Path, models: Path) -> None:
         unet = {key: value.half() for key, value in random_weights(SDXL, seed, UNET_PREFIX).items()}
         save_file({**unet, **vae, **encoders, **told}, models / f"{name}.safetensors")
     save_file(general | inpainting(general), models / "tiny_inpaint.safetensors")
+    generator = torch.Generator().manual_seed(6)
+    other = {TEXT + key: value + 0.02 * torch.randn(value.shape, generator=generator).to(value)
+             for key, value in text.items() if value.is_floating_point()}  # fmt: skip
+    save_file(general | other, models / "other_text.safetensors")
     save_file(general, models / "general_copy.safetensors", {"title": "the same weights in another file"})
 
 
