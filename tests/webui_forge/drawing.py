@@ -11,7 +11,7 @@ from tests.webui_live.client import Client, Pictures, encode
 
 BASE, COPY, OTHER = "general", "general_copy", "animals"
 LONG = "a " * 90
-HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.7, "hr_cfg": 5,
+HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "None", "denoising_strength": 0.7, "hr_cfg": 5,
          "hr_additional_modules": ["Use same choices"]}  # fmt: skip
 #: Draws what the first expert draws, by a window in which nothing is fused.
 ALONE: dict[str, Any] = {"snb_window": [0, 0], "snb_outside": "expert"}

@@ -65,9 +65,7 @@ def prepare_data(data: Path, installation: Installation) -> None:
     demo = REPOSITORY / "demo"
     for name in DEMO:
         shutil.copy(demo / f"{name}.safetensors", models / "Stable-diffusion")
-    for source, target in (("loras/*.safetensors", "Lora"), ("afa-*.safetensors", "denoiser-fusion")):
-        for file in demo.glob(source):
-            shutil.copy(file, models / target)
+    copy_others(models)
     checkpoints.write(demo, models / "Stable-diffusion")
     (extensions / "fusion-tests/scripts").mkdir(parents=True, exist_ok=True)
     for name in ("tiny_models.py", "probe.py"):
@@ -77,6 +75,14 @@ def prepare_data(data: Path, installation: Installation) -> None:
     config = data / "config.json"
     if not config.exists():
         config.write_text(json.dumps(SETTINGS | version_of(installation)), "utf-8")
+
+
+def copy_others(models: Path) -> None:
+    """The demo's LoRAs and aggregators."""
+    for source, target in (("loras/*.safetensors", "Lora"), ("afa-*.safetensors", "denoiser-fusion")):
+        (models / target).mkdir(parents=True, exist_ok=True)
+        for file in (REPOSITORY / "demo").glob(source):
+            shutil.copy(file, models / target)
 
 
 def version_of(installation: Installation) -> dict[str, str]:

@@ -18,11 +18,14 @@ def state() -> dict:
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    options = dict(patcher.model_options)
+    # Neo itself keeps the last pass's noise levels there.
+    options["transformer_options"] = options.get("transformer_options", {}).keys() - {"sampling_sigmas"}
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     return {
         "hooks": sum(len(getattr(module, table)) for module in model.modules() for table in tables),
         "replaced": sorted(name for module in model.modules() for name in REPLACEABLE & set(vars(module))),
-        "options": sorted(key for key, value in patcher.model_options.items() if value),
+        "options": sorted(key for key, value in options.items() if value),
         "extra": len(patcher.extra_model_patchers_during_sampling),
         "digest": digest.hexdigest(),
         "callbacks": {name: len(found) for name, found in script_callbacks.callback_map.items()},

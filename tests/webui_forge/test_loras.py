@@ -74,9 +74,9 @@ def test_two_experts_on_the_base(client: Client) -> None:
     left, right = (draw(client, prompt=f"{WORDS} {lora}") for lora in (ANIMALS, VEHICLES))
     experts = [{"checkpoint": "same as base", "prompt": lora, "place": "0,0,1,1"} for lora in (ANIMALS, VEHICLES)]
     fusion = {"experts": experts, "guidance": "off"}
-    assert apart(draw(client, fusion), left) == 0
+    assert apart(draw(client, fusion), left) <= 1  # places are mixed in parts
     experts.reverse()
-    assert apart(draw(client, fusion), right) == 0
+    assert apart(draw(client, fusion), right) <= 1
     for one in experts:
         one["place"] = "auto"
     both = draw(client, fusion)

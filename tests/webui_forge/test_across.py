@@ -1,0 +1,66 @@
+"""The same request in AUTOMATIC1111's WebUI and in a fork: pictures differ by what the two differ in themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.webui_forge.drawing import IMG2IMG, apart
+from tests.webui_forge.forks import copy_others
+from tests.webui_live.client import Client, expert
+from tests.webui_live.host import Host, prepare_data
+from tests.webui_live.needs import the_host
+
+#: By how much a fused picture may differ further than those of the host's own: rounding turns a mask here and there.
+MORE = 8
+ANIMALS = "animals"
+FUSIONS: dict[str, dict[str, Any]] = {
+    "SNB": expert(ANIMALS),
+    "SNB, held": expert(ANIMALS, snb_hold=600, snb_from=800),
+    "SNB, divergence": expert(ANIMALS, snb_saliency="divergence", snb_hold=600),
+    "SNB, two experts": {"experts": [{"checkpoint": ANIMALS, "prompt": "a fox"}, {"checkpoint": "vehicles"}],
+                         "snb_hold": 600, "guidance": "off"},
+    "place": expert(ANIMALS, place="columns 1:1 2"),
+    "Average": expert(ANIMALS, method="Average"),
+    "AFA": {"method": "AFA", "afa_aggregator": "afa-animals-vehicles", "guidance": "off"},
+    "FreeU": {"freeu": "Custom", "freeu_b3": 1.3, "freeu_s3": 0.7},
+    "skipping": {"skipping": "Forecast", "skip_tolerance": 0.1},
+    "lowered guidance": expert(ANIMALS, guidance="always", guidance_until=500, guidance_after=1),
+    "LoRA": expert("same as base", prompt="<lora:demo-animals:0.8>"),
+}  # fmt: skip
+PICTURE = {"prompt": "a fox left of a tractor, flat drawing", "negative_prompt": "", "steps": 12, "cfg_scale": 4,
+           "width": 256, "height": 128, "model": "animals"}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "Euler": {}, "DDIM": {"sampler_name": "DDIM"}, "img2img": {**IMG2IMG, "width": 128, "steps": 12},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def a1111(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    the_host()
+    data = tmp_path_factory.mktemp("a1111")
+    prepare_data(data)
+    copy_others(data / "models")
+    running = Host(data, "general")
+    yield Client(running.url)
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def own() -> dict[Any, int]:
+    """By fork and case, how far the two hosts' pictures without the extension are apart."""
+    return {}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("method", FUSIONS)
+def test_the_same_picture(client: Client, a1111: Client, own: dict[Any, int], method: str, case: str) -> None:
+    changes = PICTURE | {"model": "general"} | CASES[case]
+    if (client.url, case) not in own:
+        own[client.url, case] = apart(a1111.draw(**changes), client.draw(**changes))
+    off = client.draw(**changes)
+    ours, theirs = (one.draw(FUSIONS[method], **changes) for one in (client, a1111))
+    assert apart(ours, theirs) <= own[client.url, case] + MORE
+    assert apart(ours, off) > 2 * MORE
