@@ -68,8 +68,8 @@ class HostStep:
 
         Later calls are those of other extensions (SAG, PAG), on other latents or with other options: the base's.
         """
-        parts = given["c"][PART]
-        if self._denoised is None or not self._open.issuperset(parts):
+        parts = given["c"].get(PART)
+        if self._denoised is None or parts is None or not self._open.issuperset(parts):
             return self._call_base(apply, given)
         self._open -= set(parts)
         return torch.cat([take(self._denoised, self._rows_of(part)) for part in parts])
