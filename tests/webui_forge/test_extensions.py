@@ -58,13 +58,4 @@ def test_it_acts_on_an_expert_alone(client: Client, fork: Fork, other: str) -> N
     more = {"others": {title: OTHERS[other]}}
     alone = draw(client, model=model, **more)
     assert apart(draw(client, expert(model, **ALONE), model=base, **more), alone) == 0
-
-
-@pytest.mark.parametrize("method", NEUTRAL)
-def test_token_merging(client: Client, method: str) -> None:
-    more = {"settings": {"token_merging_ratio": 0.5}, "width": 256, "height": 256}
-    on = draw(client, **more)
-    assert apart(draw(client, width=256, height=256), on) > 5
-    assert apart(draw(client, expert(COPY, **NEUTRAL[method]), **more), on) == 0
-    alone = draw(client, model=OTHER, **more)
-    assert apart(draw(client, expert(OTHER, **ALONE), model=BASE, **more), alone) == 0
+    draw(client)  # the fork keeps a pass's options until the next
