@@ -29,7 +29,7 @@ AFA = {"method": "AFA", "afa_aggregator": str(DEMO / "afa-animals-vehicles.safet
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "base": ({}, {}),
     "SNB, the defaults": ({"experts": EXPERT}, {}),
-    "SNB, the paper's rule, DDIM": ({"experts": EXPERT, **PLAIN}, {"sampler": "DDIM"}),
+    "SNB, held, DDIM": ({"experts": EXPERT, **PLAIN, "snb_hold": 900}, {"sampler": "DDIM"}),
     "a place": ({"experts": (ExpertSettings("vehicles", place="columns 1:1 2"),)}, {"sampler": "Euler"}),
     "AFA": ({"experts": EXPERT, **AFA}, {}),
     "FreeU": ({"freeu": "Custom", "freeu_b3": 1.3, "freeu_s3": 0.5}, {}),
