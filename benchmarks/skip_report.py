@@ -82,7 +82,7 @@ def write_markdown(lines: Sequence[Line], path: Path) -> None:
     for (_, sampler, steps, guidance), cell in cells.items():
         of_ours = cell.get("Faithful")
         if of_ours:
-            shown = [_figures(cell[name]) if name in cell else "" for name in methods]
+            shown = [_figures(cell[name], of_ours["pictures"]) if name in cell else "" for name in methods]
             text.append(_row([f"{sampler}, {steps}, {guidance:g}", str(of_ours["pictures"]), *shown]))
     path.write_text("\n".join(text) + "\n", encoding="utf-8")
 
@@ -91,9 +91,11 @@ def _row(values: Iterable[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-def _figures(line: Line) -> str:
-    psnr = f"{line['psnr_mean']:.1f} ({line['psnr_worst']:.0f})"
-    return f"{line['rows']:.2f}: {psnr}, {1000 * line['distance_mean']:.2g}"
+def _figures(line: Line, pictures: int) -> str:
+    """The number of pictures is told where it is not the row's."""
+    psnr, distance = f"{line['psnr_mean']:.1f} ({line['psnr_worst']:.0f})", 1000 * line["distance_mean"]
+    count = f" [{line['pictures']}]" if line["pictures"] != pictures else ""
+    return f"{line['rows']:.2f}: {psnr}, {distance:.{1 if distance < 10 else 0}f}{count}"
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:

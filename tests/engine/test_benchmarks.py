@@ -143,6 +143,7 @@ def test_others_are_compared_with_ours_at_as_many_rows(tmp_path):
         line("Balanced", 0.4, 58, 46, 0.002),
     ]
     others = [line("ZEUS", 0.45, 55, 49, 0.004), line("paper 0.01", 0.8, 50, 40, 0.002), line("SADA", 0.2, 30, 10, 0.1)]
+    others[1]["pictures"] = 4
     elsewhere = line("SADA", 0.9, 30, 10, 0.1, steps=30)
     compare_with_ours([*ours, *others, elsewhere])
     keys = ("ours_over", "ours_over_worst", "ours_distance")
@@ -153,5 +154,6 @@ def test_others_are_compared_with_ours_at_as_many_rows(tmp_path):
     write_markdown([*ours, *others, elsewhere], tmp_path / "skip.md")
     text = (tmp_path / "skip.md").read_text().splitlines()
     assert text[0].startswith("| sampler, steps, CFG | pictures | Faithful | Balanced | Fast | ZEUS | SADA")
-    assert text[2].startswith("| DDIM, 50, 7 | 8 | 0.50: 60.0 (50), 1 |")
+    assert text[2].startswith("| DDIM, 50, 7 | 8 | 0.50: 60.0 (50), 1.0 | 0.40: 58.0 (46), 2.0 |")
+    assert text[2].endswith("| 0.80: 50.0 (40), 2.0 [4] |")
     assert len(text) == 3  # a cell without ours is left out
