@@ -18,7 +18,7 @@ TEXT = "cond_stage_model.transformer."
 
 
 def write(demo: Path, models: Path) -> None:
-    """tiny_xl, tiny_xl_b (other weights), tiny_xl_v, tiny_inpaint, other_text and general_copy, from ``general``.
+    """tiny_xl, tiny_xl_b, tiny_xl_v, tiny_inpaint, its copy, other_text and general_copy, from ``general``.
 
     Those of SDXL have its VAE, and its text encoder in place of both of theirs.
     """
@@ -30,12 +30,14 @@ def write(demo: Path, models: Path) -> None:
         told = {"v_pred": torch.zeros(0)} if name.endswith("v") else {}
         unet = {key: value.half() for key, value in random_weights(SDXL, seed, UNET_PREFIX).items()}
         save_file({**unet, **vae, **encoders, **told}, models / f"{name}.safetensors")
-    save_file(general | inpainting(general), models / "tiny_inpaint.safetensors")
     generator = torch.Generator().manual_seed(6)
     other = {TEXT + key: value + 0.02 * torch.randn(value.shape, generator=generator).to(value)
              for key, value in text.items() if value.is_floating_point()}  # fmt: skip
     save_file(general | other, models / "other_text.safetensors")
-    save_file(general, models / "general_copy.safetensors", {"title": "the same weights in another file"})
+    for name, weights in (("general", general), ("tiny_inpaint", general | inpainting(general))):
+        if name != "general":
+            save_file(weights, models / f"{name}.safetensors")
+        save_file(weights, models / f"{name}_copy.safetensors", {"title": "the same weights in another file"})
 
 
 def inpainting(general: Weights) -> Weights:

@@ -17,12 +17,16 @@ from tests.webui_live.pages import browser, page  # noqa: F401 (fixtures)
 
 
 class ForgeClient(Client):
-    """Asks for hires fix as the page does: the API's defaults there are a guidance of 1, and what Forge can't read."""
+    """Asks for hires fix as the page does: the API's defaults there are a guidance of 1, and what Forge can't read.
+
+    Forge Neo has no upscaling of latents.
+    """
 
     def draw(self, *args: Any, **changes: Any) -> Pictures:
         if changes.get("enable_hr"):
             guidance = changes.get("cfg_scale", PICTURE["cfg_scale"])
             changes = {"hr_additional_modules": ["Use same choices"], "hr_cfg": guidance} | changes
+            changes["hr_upscaler"] = changes.get("hr_upscaler", "None").replace("Latent", "None")
         return super().draw(*args, **changes)
 
 
@@ -75,3 +79,4 @@ def _nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
     assert state["replaced"] == []
     assert state["options"] == []
     assert state["extra"] == 0
+    assert not client.fusion()["running"]

@@ -32,6 +32,15 @@ def state() -> dict:
     }
 
 
+def fusion() -> dict:
+    """What the extension holds."""
+    from lib_fusion.webui.runtime import runtime
+
+    sizes = runtime.models.sizes()
+    return {"running": runtime.current is not None, "experts": [name for name, _ in sizes],
+            "bytes": sum(size for _, size in sizes), "told": runtime.describe_memory()}  # fmt: skip
+
+
 def arm(what: str, step: int = 1) -> dict:
     """At a step the U-Net raises (``fail``); or ``interrupt``, ``skip`` as the buttons."""
     armed.update(what=what, step=step)
@@ -58,7 +67,7 @@ def on_step(params: Any) -> None:
 
 
 def add_routes(_: Any, app: Any) -> None:
-    for handler in (state, arm):
+    for handler in (state, fusion, arm):
         app.add_api_route(f"/probe/{handler.__name__}", handler, methods=["GET"])
 
 

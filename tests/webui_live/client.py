@@ -15,12 +15,15 @@ import numpy as np
 from PIL import Image
 
 from lib_fusion.requests.presets import PAPER
-from lib_fusion.requests.settings import EXPERT_PARAMETERS
+from lib_fusion.requests.settings import EXPERT_PARAMETERS, HOST_OPTIONS
 
 TITLE = "Denoiser Fusion"
 PLAIN = {key: PAPER[key] for key in ("snb_hold", "snb_from", "guidance")}
 PICTURE = {"prompt": "a (red:1.2) cat, in a hat", "negative_prompt": "dog", "steps": 4, "width": 128, "height": 128,
            "seed": 1, "sampler_name": "Euler", "cfg_scale": 5}  # fmt: skip
+
+
+DEFAULTS = {f"denoiser_fusion_{key}": row.default for key, row in HOST_OPTIONS.items()}
 
 
 class RefusedError(Exception):
@@ -108,7 +111,7 @@ class _Settings:
     def __enter__(self) -> None:
         if self.values:
             known = self.client.ask("/sdapi/v1/options")
-            self.before = {key: known[key] for key in self.values}
+            self.before = {key: known.get(key, DEFAULTS.get(key)) for key in self.values}  # a fork does not list ours
             self.client.ask("/sdapi/v1/options", self.values)
 
     def __exit__(self, *_: object) -> None:

@@ -445,8 +445,10 @@ def test_paint_a_place(browser: Any, client: Client, host: Host, names: Names, h
     assert mask.shape == (128, 192)
     assert 0.02 < (mask > 127).mean() < 0.5  # by the hosts' own widths of brushes
     assert not (mask > 127)[:, :96].any()
-    changes = {"prompt": "a fox, flat drawing", "negative_prompt": "", "steps": 6, "width": 192, "cfg_scale": 7,
-               "sampler_name": "DPM++ 2M", "scheduler": "Karras"}  # fmt: skip
+    sampler, scheduler, guidance = (re.findall(f"{key}: ([^,]+)", text)[0]
+                                    for key in ("Sampler", "Schedule type", "CFG scale"))  # fmt: skip
+    changes = {"prompt": "a fox, flat drawing", "negative_prompt": "", "steps": 6, "width": 192,
+               "cfg_scale": float(guidance), "sampler_name": sampler, "scheduler": scheduler}  # fmt: skip
     painted = {"checkpoint": names.expert, "place": "mask", "mask": base64.b64encode(file.read_bytes()).decode()}
     for one in (painted, {"checkpoint": names.expert, "place": f"mask {name}"}):
         assert np.array_equal(client.draw({"experts": [one]}, **changes).pixels[0], drawn)

@@ -61,7 +61,8 @@ def places_of(p: Any, settings: FusionSettings, masks: Mapping[int, torch.Tensor
         if expert.uses_inpaint:
             if inpainted is None:
                 raise SettingError(f"experts[{i}].place", expert.place, INPAINT_REMEDY)
-            painted[i + 1] = inpainted[None, :1].float().cpu()
+            height, width = inpainted.shape[-2:]  # (C,h,w); forks put more dimensions before
+            painted[i + 1] = inpainted.reshape(-1, height, width)[None, :1].float().cpu()
     places = make_places(settings, painted)
     if getattr(p, "paste_to", None) is None:
         return places
