@@ -156,7 +156,8 @@ def test_calls_are_spared(client: Client, sampler: str) -> None:
 @pytest.mark.parametrize("sampler", ["Euler", "DPM++ 2M", "DDIM"])
 def test_corrections_bring_the_picture_nearer(client: Client, sampler: str) -> None:
     off = draw(client, sampler_name=sampler, **STEPS)
-    near, far = (draw(client, ON | {"skip_correct": on}, sampler_name=sampler, **STEPS) for on in (True, False))
+    near, far = (draw(client, ON | {"skip_correct": on, "skip_max": 2}, sampler_name=sampler, **STEPS)
+                 for on in (True, False))  # fmt: skip
     assert psnr(near, off) > psnr(far, off)
 
 
