@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib_fusion.requests.infotext import list_fields
+from lib_fusion.requests.presets import SHIPPED
 from lib_fusion.requests.settings import MAP_PARAMETERS, PREVIEW_PARAMETERS
 
 ROOT = Path(__file__).parents[1]
@@ -27,8 +28,9 @@ def words_of_panel(name: str = "panel/panel.py") -> set[str]:
             words |= {arg.value for arg in call.args[:1] if isinstance(arg, ast.Constant)}
         if called == "OptionInfo":
             words |= {arg.value for arg in call.args[1:2] if isinstance(arg, ast.Constant)}
-        words |= {k.value.value for k in call.keywords if k.arg == "label" and isinstance(k.value, ast.Constant)}
-    return words
+        shown = [k.value for k in call.keywords if k.arg in ("label", "tooltip", "info", "placeholder")]
+        words |= {value.value for value in shown if isinstance(value, ast.Constant)}
+    return words - {""}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "localizations").glob("*.json")), ids=lambda file: file.stem)
@@ -38,7 +40,8 @@ def test_every_label_is_translated(file: Path) -> None:
     labels |= {field.label for field in list_fields() if field.width == 1}
     choices = {choice for field in list_fields() for choice in field.row.choices if choice != "Mask"}
     labels |= {row.label for row in (*PREVIEW_PARAMETERS, *MAP_PARAMETERS)}
-    missing = (labels | choices | words_of_panel()) - set(told) - NAMES
+    hints = {field.row.help for field in list_fields()} | {row.help for row in MAP_PARAMETERS}
+    missing = (labels | choices | hints | set(SHIPPED) | words_of_panel()) - set(told) - NAMES
     assert not missing
     assert all(isinstance(text, str) and text.strip() for text in told.values())
 
@@ -48,4 +51,13 @@ def test_every_label_of_the_training_tab_is_translated(file: Path) -> None:
     from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
 
     labels = {label_of(row) for row in (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)} | {"Fusion training"}
-    assert not (labels | words_of_panel("training/tab.py")) - set(json.loads(file.read_text("utf-8")))
+    hints = {row.help for row in (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)}
+    told = json.loads(file.read_text("utf-8"))
+    assert not (labels | hints | words_of_panel("training/tab.py")) - set(told)
+
+
+def test_nothing_is_translated_that_is_not_shown() -> None:
+    """All languages have the same words, so that none keeps those of an earlier panel."""
+    files = sorted((ROOT / "localizations").glob("*.json"))
+    first, *others = [set(json.loads(file.read_text("utf-8"))) for file in files]
+    assert all(words == first for words in others)

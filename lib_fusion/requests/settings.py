@@ -57,11 +57,12 @@ def _freeu_at(stage: int) -> str:
 
 
 def _freeu_b(stage: int) -> float:
-    return row(1.0, f"FreeU b{stage}", f"Factor of the backbone {_freeu_at(stage)}.", low=-1, high=3, step=0.01)
+    help_text = f"Factor of the backbone {_freeu_at(stage)}. More: stronger shapes."
+    return row(1.0, f"FreeU b{stage}", help_text, low=-1, high=3, step=0.01)
 
 
 def _freeu_s(stage: int) -> float:
-    help_text = f"Factor of the skip features' low frequencies {_freeu_at(stage)}."
+    help_text = f"Factor of the skip features' low frequencies {_freeu_at(stage)}. Less: smoother."
     return row(1.0, f"FreeU s{stage}", help_text, low=-1, high=3, step=0.01)
 
 
@@ -117,17 +118,20 @@ class ExpertSettings:
         choices=("own", "base"))
     loras: bool = row(False, "LoRAs", "Whether the LoRAs of the picture's prompt also act on this expert.", where=PANEL)
     weight: float = row(
-        1.0, "weight", "How much the expert counts where it draws: 0 is the base alone, 1 the expert alone.",
+        1.0, "weight",
+        "How strongly the expert draws where it draws. More: more of it; 1 is the expert alone, 0 the base alone.",
         low=0, high=1, step=0.05)
     window: tuple[float, float] = row(
-        (1000.0, 0.0), "window", "Timesteps in which this expert takes part, from START down to END.",
+        (1000.0, 0.0), "window",
+        "Timesteps in which this expert draws, from START (1000: noise) down to END (0: picture). An earlier end "
+        "leaves it the layout, a later start the detail.",
         low=0, high=TIMESTEPS)
     place: str = row(
         "auto", "place",
-        "Where the expert draws. auto: where it is salient (SNB). mask: where its painted mask is white. "
-        "inpaint: where img2img's inpaint mask repaints. columns 1:1 2: in the second of two columns; rows 2:1 1: in "
-        "the first of two rows; 0.5,0,0.5,1: in a rectangle (left, top, width, height in parts of the picture), "
-        "several with ; between them. The base draws the rest.")
+        "Where the expert draws; the base draws the rest. auto: where it is salient (SNB). mask: where its painted "
+        "mask is white. inpaint: what img2img's inpaint mask repaints. columns 1:1 2: the second of two columns. rows "
+        "2:1 1: the first of two rows. 0.5,0,0.5,1: a rectangle (left, top, width, height as parts of the picture); "
+        "several with ; between them.")
     #: A painted mask as base64 of a picture file, white where the expert draws; for place ``mask``.
     mask: str = ""
     # fmt: on
@@ -155,56 +159,67 @@ class FusionSettings:
     # The fusion itself.
     method: str = row(
         "SNB", "method",
-        "SNB: each position from the most salient model. Average: the mean of all models' noises. "
-        "AFA: features of all models, aggregated block by block with trained attention maps.",
+        "SNB: each part of the picture is drawn by the model whose prompt matters most there; the one to begin with. "
+        "Average: the mean of all models' predictions. AFA: the features of all models, combined block by block with "
+        "trained attention maps; needs an aggregator that was trained for these models.",
         choices=("SNB", "Average", "AFA"))
     snb_window: tuple[float, float] = row(
         (1000.0, 0.0), "window",
-        "Timesteps in which the models are fused, from START down to END (1000 is pure noise, 0 the picture).",
+        "Timesteps in which the models are fused, from START down to END (1000: noise, 0: picture). The early ones "
+        "decide the layout, the late ones the detail.",
         low=0, high=TIMESTEPS)
     snb_outside: str = row(
         "base", "outside",
-        "What acts outside the window: the base alone, the first expert alone, or the average of all models' noises.",
+        "Who draws outside the window: the base alone, the first expert alone, or the average of all predictions.",
         choices=("base", "expert", "average"))
-    k_general: float = row(1.0, "k general", "How peaked the base's saliency map is.", low=0, high=1000, step=0.1)
-    k_expert: float = row(1.0, "k expert", "How peaked the experts' saliency maps are.", low=0, high=1000, step=0.1)
+    k_general: float = row(
+        1.0, "k general",
+        "How sharp the base's saliency map is. More: the base keeps its few strongest positions and loses the others.",
+        low=0, high=1000, step=0.1)
+    k_expert: float = row(
+        1.0, "k expert",
+        "How sharp the experts' saliency maps are. More: an expert keeps its few strongest positions and loses the "
+        "others.",
+        low=0, high=1000, step=0.1)
     snb_saliency: str = row(
         "own", "saliency",
-        "own: each model's prompt against its own empty prompt (the paper). "
-        "code: against the base's empty prompt (the official code). "
-        "divergence: each expert's prompt against the base's, for experts that were made from the base; with two or "
-        "more of them the base itself draws nothing.",
+        "How it is measured who draws where. own: each model with its prompt against itself without (the paper). "
+        "code: each against the base without a prompt (the official code). divergence: each expert against the base, "
+        "for experts that were trained from it; with two or more of them the base itself draws nothing.",
         choices=("own", "code", "divergence"))
     snb_hold: float = row(
         900.0, "mask hold",
-        "Down to this timestep the mask is decided: the saliencies add up, and each step has a mask of its own. Then "
-        "it is held. 0: a new mask at every step (the paper).",
+        "Down to this timestep it is decided who draws where; then the mask is kept. Less: more steps decide. 0: each "
+        "step decides for itself (the paper).",
         low=0, high=TIMESTEPS, step=10, earlier=0.0)
     snb_from: float = row(
         300.0, "mask from",
-        "The held mask is used from this timestep down; until then the models' average draws. 1000: at once.",
+        "From this timestep down each model draws its own part by the kept mask; before, their average draws. More: "
+        "parts are sharper and colours harsher. 1000: at once.",
         low=0, high=TIMESTEPS, step=10, earlier=1000.0)
     place_strength: float = row(
         1.0, "place strength",
-        "How much a place counts against saliency. 1: an expert draws in its place and nowhere else; 0: places do "
-        "nothing; between the two they are a prior on the saliency mask.",
+        "How strictly places are kept. 1: an expert draws in its place and nowhere else. Less: saliency may move its "
+        "borders. 0: places do nothing.",
         low=0, high=1, step=0.05)
     place_feather: float = row(
-        2.0, "place feather", "How soft the edges of places are, in latent pixels (8 pixels of the picture).",
+        2.0, "place feather", "How soft the edges of places are, in latent pixels (of 8 pixels each). More: softer.",
         low=0, high=32, step=0.5)
     guidance: str = row(
         "with experts", "guidance interval",
-        "When the guidance is lowered late in the pass: in pictures with experts, in all pictures, or never.",
+        "Whether the CFG scale is lowered late in a picture, which keeps colours clean and saves time: in pictures "
+        "with experts, always, or off.",
         choices=("with experts", "always", "off"), earlier="off")
     guidance_until: float = row(
-        400.0, "guidance until", "Below this timestep the guidance is lowered.", low=0, high=TIMESTEPS, step=10)
+        400.0, "guidance until", "Below this timestep the CFG scale is lowered. More: earlier.",
+        low=0, high=TIMESTEPS, step=10)
     guidance_after: float = row(
         1.0, "guidance after",
-        "The guidance scale below that timestep, if it is less than the picture's. At 1 the unconditional halves are "
-        "not computed, which saves half of the time there.",
+        "The CFG scale below that timestep, if it is less than the picture's. More: more contrast. At 1 the negative "
+        "prompt is not computed there, which saves half of the time.",
         low=1, high=30, step=0.5)
     passes: str = row(
-        "both", "passes", "In which sampling passes all of this acts: both, only the first, or only hires fix.",
+        "both", "passes", "In which passes all of this acts: both, only the first, or only hires fix.",
         choices=("both", "first", "hires"), where=PANEL)
     refiner: bool = row(
         False, "experts on refiner",
@@ -213,22 +228,23 @@ class FusionSettings:
     # FreeU; the factors of its stages count where the preset is "Custom".
     freeu: str = row(
         "Off", "FreeU",
-        "Which factors FreeU takes: the published ones for a base model, Auto: those for the loaded one, or "
-        "Custom: those given.",
+        "Strengthens structure at no cost. Auto: the published factors for the loaded model. SD1.4 .. SDXL: those for "
+        "that one. Custom: your own.",
         choices=("Off", "Auto", *FREEU_PUBLISHED, "Custom"))
     freeu_version: str = row(
         "2", "FreeU version",
-        "1: the backbone is scaled evenly. 2 (the CVPR paper): by more where its features are strong.",
+        "2 (the CVPR paper): the backbone is scaled by more where its features are strong. 1: evenly.",
         choices=("2", "1"))
     freeu_models: str = row("all", "FreeU models", "Which models FreeU acts on.", choices=("all", "base", "experts"))
     freeu_start: float = row(
-        0.0, "FreeU start", "From which step on: up to 1 a part of the pass's steps, above 1 a number of steps.",
+        0.0, "FreeU start",
+        "When FreeU begins: up to 1 as a part of the steps (0.25: after a quarter), above 1 as a step.",
         low=0, high=1000)
     freeu_stop: float = row(
-        1.0, "FreeU stop", "Until which step: up to 1 a part of the pass's steps, above 1 a number of steps.",
+        1.0, "FreeU stop", "When FreeU ends: up to 1 as a part of the steps (1: the last step), above 1 as a step.",
         low=0, high=1000)
     freeu_smooth: float = row(
-        0.0, "FreeU smooth", "How gradually: 0 switches on and off, 1 rises up to the start and falls until the stop.",
+        0.0, "FreeU smooth", "How gradually FreeU begins and ends. 0: at once; more: over more steps.",
         low=0, high=1)
     freeu_b1: float = _freeu_b(1)
     freeu_s1: float = _freeu_s(1)
@@ -252,39 +268,38 @@ class FusionSettings:
     # Adaptive skipping.
     skipping: str = row(
         "Off", "skipping",
-        "Which steps' U-Net calls are left out. Forecast: where their result can be told from before, by an error that "
-        "is measured as it goes. Paper: AdaptiveDiffusion's rule, the last result is used again.",
+        "Leaves out U-Net calls to save time. Forecast: predicts results from earlier ones while the measured error is "
+        "small. Paper: AdaptiveDiffusion's rule, which uses the last result again.",
         choices=("Off", "Forecast", "Paper"))
     skip_tolerance: float = row(
         0.1, "skip tolerance",
-        "Forecast: how wrong a forecast may be, relative to the guided noise; more skips more, 0 skips nothing.",
+        "Forecast: how wrong a forecast may be, relative to the guided noise. More: more is skipped; 0: nothing.",
         low=0, high=10, step=0.01, earlier=0.15)
     skip_threshold: float = row(
         0.01, "skip threshold",
-        "Paper: how unsteady the latent's course may be; more skips more, 0 skips nothing.",
+        "Paper: how unsteady the latent's course may be. More: more is skipped; 0: nothing.",
         low=0, high=1, step=0.005)
     skip_max: int = row(
         0, "skips in a row",
         "The most calls left out in a row; 0: the policy's own, 1 for Forecast and 4 for Paper.",
         low=0, high=8, step=1, earlier=1)
     skip_warmup: int = row(
-        4, "skip warm-up", "Forecast: how many steps are computed before any is skipped.", low=3, high=1000)
+        4, "skip warm-up", "Forecast: so many steps are computed before any is skipped. More: safer.", low=3, high=1000)
     skip_correct: bool = row(
         True, "skip correction",
-        "Forecast: whether the next computed call corrects the step that was skipped, "
-        "for samplers where that is exact.")
+        "Forecast: whether the next computed result corrects the steps that were skipped, with samplers that allow it.")
     skip_passes: str = row(
         "both", "skip passes",
-        "In which sampling passes calls are skipped: both, only the first, or only hires fix.",
+        "In which passes calls are skipped: both, only the first, or only hires fix.",
         choices=("both", "first", "hires"), where=PANEL)
 
     # AFA; the window, the method outside it, and the passes are SNB's.
     afa_aggregator: str = row(
-        "", "aggregator", "The file of trained aggregators; it says which models it is for, the base first.")
+        "", "aggregator", "The file of trained aggregators, for just the models that it names, the base first.")
     afa_maps: str = row(
         "trained", "AFA maps",
-        "trained: the aggregator file's. uniform: the plain mean of all features, no training in it. "
-        "only base, only expert 1 ..: one model alone in AFA's pipeline, for comparison.",
+        "trained: those of the aggregator. For comparison: uniform, the plain mean of all features; only base, only "
+        "expert 1 ..: one model alone.",
         choices=("trained", "uniform", "only base", *(f"only expert {i + 1}" for i in range(MAX_EXPERTS))))
     afa_force: bool = row(
         False, "force aggregator", "Use the aggregator with other checkpoints than those it was trained for.")
