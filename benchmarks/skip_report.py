@@ -119,8 +119,12 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                     name = label if guidance == scales[0] else None
                     axis.plot(*zip(*points), style, color=colour, markerfacecolor=filled, label=name, markersize=5,
                               linewidth=1)  # fmt: skip
+        if not axis.lines:
+            axis.set_axis_off()  # not measured
+            continue
         axis.set_title(f"{sampler}, {n} steps", fontsize=9)
         axis.set_xlim(0.3, 1)
+        axis.tick_params(labelbottom=True, labelsize=8)
         axis.grid(alpha=0.3)
     handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels())}
     fig.legend(handles.values(), handles.keys(), loc="outside upper center", ncol=len(handles), frameon=False)
