@@ -9,7 +9,7 @@ from typing import Any
 from modules import script_callbacks
 
 from lib_fusion.requests.settings import FusionSettings
-from lib_fusion.webui.a1111.launch import prepare as prepare_pass
+from lib_fusion.webui.a1111 import launch
 from lib_fusion.webui.a1111.models import Models
 from lib_fusion.webui.models.masks import Masks
 from lib_fusion.webui.sampling.launch import SamplingPass
@@ -29,7 +29,7 @@ def register(runtime: Any) -> None:
 
 def prepare(runtime: Any, p: Any, settings: FusionSettings, masks: Masks) -> Callable[[], SamplingPass]:
     """The pass of this sampler, made when it is launched; errors are raised there."""
-    return partial(prepare_pass, runtime.models, p, settings, masks, p.sampler)
+    return partial(launch.prepare, runtime.models, p, settings, masks, p.sampler)
 
 
 def training() -> str:
