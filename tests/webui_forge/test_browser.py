@@ -14,7 +14,6 @@ from tests.webui_live.test_browser import (  # noqa: F401 (tests, which run here
     take_screenshot,
     test_a_first_user,
     test_amounts_of_skipping,
-    test_buttons_of_places,
     test_compare,
     test_nothing_chosen_is_told,
     test_paint_a_place,
