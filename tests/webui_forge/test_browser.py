@@ -1,4 +1,7 @@
-"""The panel under Gradio 4 as a person uses it: the tests of AUTOMATIC1111's, in each fork."""
+"""The panel under Gradio 4 as a person uses it: tests of AUTOMATIC1111's, in Forge Neo.
+
+Forge has the same Gradio and the same page; its pictures and requests are tested, but its page is not driven. Nor is painting on the canvas, which is Forge's own.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,15 @@ from tests.webui_live.test_browser import (  # noqa: F401 (tests, which run here
     test_amounts_of_skipping,
     test_compare,
     test_nothing_chosen_is_told,
-    test_paint_a_place,
     test_presets_and_memory,
-    test_three_by_three,
     test_what_is_typed_is_shown_as_text,
 )
+
+
+@pytest.fixture(autouse=True)
+def _in_neo(fork: Fork) -> None:
+    if fork.name != "neo":
+        pytest.skip("the page is driven in Forge Neo alone")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
