@@ -1,6 +1,7 @@
 """The panel under Gradio 4 as a person uses it: tests of AUTOMATIC1111's, in Forge Neo.
 
-Forge has the same Gradio and the same page; its pictures and requests are tested, but its page is not driven. Nor is painting on the canvas, which is Forge's own.
+Forge has the same Gradio and the same page; its pictures and requests are tested, but its page is not driven. Nor is
+painting on the canvas, which is Forge's own.
 """
 
 from __future__ import annotations
