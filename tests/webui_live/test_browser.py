@@ -121,6 +121,29 @@ def test_what_is_typed_is_shown_as_text(page: Any, client: Client, host: Host) -
     assert page.locator("#typed").count() == 0
 
 
+def test_a_late_answer_to_a_new_name_keeps_the_line(page: Any, client: Client) -> None:
+    """A typed name and a button's press are answered side by side, in any order."""
+    panel, held = PANEL.format(tab="txt2img"), []
+
+    def hold_the_first(route: Any) -> None:
+        if held or (route.request.post_data_json or {}).get("data") != ["mine"]:
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/run/predict*", hold_the_first)
+    page.locator(f"{panel}_enable .label-wrap").first.click()
+    box = page.locator(f"{panel}_preset input").first
+    box.fill("mine")
+    box.press("Enter")
+    page.locator(f"{panel}_preset_apply").click()
+    wait_for_text(page, f"{panel}_preset_told", "preset: 'mine'")
+    with page.expect_response("**/run/predict*"):
+        held[0].continue_()
+    page.wait_for_timeout(SECONDS)
+    assert "preset: 'mine'" in page.locator(f"{panel}_preset_told").first.inner_text()
+
+
 def test_no_hint_of_the_hosts_covers_ours(page: Any, client: Client) -> None:
     """The host hints at what has a word of its own, such as None, Seed or Learning rate, wherever it stands."""
     page.locator("button", has_text="Fusion training").first.click()

@@ -331,8 +331,11 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
         return [gr.update() if value is None else gr.update(value=value) for value in values] + [told]
 
     def on_choice(name: str) -> list[Any]:
-        """A name that no preset has yet is one to save under."""
-        return on_apply(name) if name in names_of(store) else [gr.update() for _ in inputs] + [""]
+        """A name that no preset has yet is one to save under.
+
+        The line stays then: the answer may come after that to a button which was pressed meanwhile.
+        """
+        return on_apply(name) if name in names_of(store) else [gr.update() for _ in (*inputs, told)]
 
     def on_save(name: str, asked: str, *values: Any) -> list[Any]:
         settings = dict(request.forgive_unused(request.panel_to_dict([True, *values])))
