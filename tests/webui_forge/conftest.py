@@ -30,12 +30,12 @@ class ForgeClient(Client):
         return super().draw(*args, **changes)
 
 
-@pytest.fixture(scope="session", params=FORKS, ids=lambda fork: fork.name)
+@pytest.fixture(scope="module", params=FORKS, ids=lambda fork: fork.name)
 def fork(request: pytest.FixtureRequest) -> Fork:
     return request.param
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def installation(fork: Fork) -> Installation:
     try:
         return fork.find()
@@ -44,13 +44,24 @@ def installation(fork: Fork) -> Installation:
 
 
 @pytest.fixture(scope="session")
-def host(fork: Fork, installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    data = tmp_path_factory.mktemp(fork.name)
-    prepare_data(data, installation)
-    running = start(data, installation)
-    yield running
-    running.stop()
-    shutil.rmtree(data / "models", ignore_errors=True)
+def running() -> Iterator[dict[str, Host]]:
+    """The forks that have been started, by name: each stays for the files that follow, since starts take a minute."""
+    hosts: dict[str, Host] = {}
+    yield hosts
+    for host in hosts.values():
+        host.stop()
+        shutil.rmtree(host.data / "models", ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def host(
+    fork: Fork, installation: Installation, running: dict[str, Host], tmp_path_factory: pytest.TempPathFactory
+) -> Host:
+    if fork.name not in running:
+        data = tmp_path_factory.mktemp(fork.name)
+        prepare_data(data, installation)
+        running[fork.name] = start(data, installation)
+    return running[fork.name]
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +69,7 @@ def names() -> Names:
     return Names("general", "animals", "vehicles", "general_copy")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(host: Host) -> Client:
     client = ForgeClient(host.url)
     client.draw(steps=1)  # a fork loads its checkpoint with the first picture
