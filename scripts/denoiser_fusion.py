@@ -57,6 +57,7 @@ else:
 
     adapter.register(runtime)
     script_callbacks.on_before_ui(xyz.add_axes)
+    script_callbacks.on_infotext_pasted(xyz.adopt_earlier)
     script_callbacks.on_app_started(api.add_routes)
     script_callbacks.on_ui_settings(panel.add_options)
     script_callbacks.on_script_unloaded(runtime.close)

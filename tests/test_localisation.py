@@ -36,8 +36,7 @@ def words_of_panel(name: str = "panel/panel.py") -> set[str]:
 @pytest.mark.parametrize("file", sorted((ROOT / "localizations").glob("*.json")), ids=lambda file: file.stem)
 def test_every_label_is_translated(file: Path) -> None:
     told = json.loads(file.read_text("utf-8"))
-    labels = {f"{field.label} {end}" for field in list_fields() if field.width == 2 for end in ("start", "end")}
-    labels |= {field.label for field in list_fields() if field.width == 1}
+    labels = {label for field in list_fields() for label in field.labels}
     choices = {choice for field in list_fields() for choice in field.row.choices if choice != "Mask"}
     labels |= {row.label for row in (*PREVIEW_PARAMETERS, *MAP_PARAMETERS)}
     hints = {field.row.help for field in list_fields()} | {row.help for row in MAP_PARAMETERS}

@@ -17,6 +17,8 @@ from lib_fusion.requests.settings import (
     FusionSettings,
 )
 
+#: The controls of a window, in order.
+WINDOW_LABELS = ("starting timestep", "ending timestep")
 #: The checkpoint of an expert that is not there.
 NO_CHECKPOINT = ("", "None")
 #: Entries that tell what was done, and are no settings; the last is in the API's answer only, not in pictures.
@@ -36,17 +38,25 @@ class Field:
     expert: int | None = None
 
     @property
-    def name(self) -> str:
-        return self.row.label if self.expert is None else f"expert {self.expert + 1} {self.row.label}"
+    def infotext(self) -> str:
+        """The entry's key, which pictures carry; labels may change, it does not."""
+        return f"Fusion {self._of_expert(self.row.name)}"
 
     @property
     def label(self) -> str:
-        """The control's label, a stable exact string: ui-config, localisation and script-info go by it."""
-        return self.name[0].upper() + self.name[1:]
+        """What people call it: the control's label, and the axis of a plot."""
+        return capitalised(self._of_expert(self.row.label))
 
     @property
-    def infotext(self) -> str:
-        return f"Fusion {self.name}"
+    def labels(self) -> tuple[str, ...]:
+        """The labels of its controls, exact strings: ui-config, localisation and script-info go by them."""
+        parts = WINDOW_LABELS if self.width == 2 else (self.row.label,)
+        return tuple(capitalised(self._of_expert(part)) for part in parts)
+
+    @property
+    def earlier_label(self) -> str:
+        """The label that the plot's axis had in earlier versions."""
+        return capitalised(self._of_expert(self.row.name))
 
     @property
     def element(self) -> str:
@@ -57,6 +67,14 @@ class Field:
     def width(self) -> int:
         """How many controls it takes: a window has its start and its end."""
         return 2 if self.row.kind == "window" else 1
+
+    def _of_expert(self, name: str) -> str:
+        return name if self.expert is None else f"expert {self.expert + 1} {name}"
+
+
+def capitalised(text: str) -> str:
+    """With a capital first letter; the others stay as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def list_fields() -> Iterator[Field]:

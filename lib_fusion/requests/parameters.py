@@ -26,11 +26,12 @@ _METADATA = "row"
 
 @dataclass(frozen=True)
 class Parameter:
-    """One row: ``key`` in the API, ``label`` in the panel and (after "Fusion ") in infotext and XYZ, ``--key`` as flag.
+    """One row: ``key`` in the API, ``label`` in panel and XYZ plot, ``--key`` as flag, "Fusion ``name``" in infotext.
 
     ``kind`` is one of bool, int, float, choice, text, window; numbers lie in ``low..high`` inclusive; ``step`` is the
     slider's; ``where`` names the surfaces that have the row: "panel" (with API, infotext, XYZ), "cli". ``earlier``:
-    the former default, by which infotexts and presets are read that do not name the row.
+    the former default, by which infotexts and presets are read that do not name the row. ``name`` is the label unless
+    it says otherwise: pictures carry it, so it stays when a label becomes clearer.
     """
 
     key: str
@@ -45,6 +46,10 @@ class Parameter:
     where: tuple[str, ...] = ("panel", "cli")
     multiple_of: int = 1
     earlier: Any = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.label)
 
     @property
     def unsaid(self) -> Any:
@@ -54,10 +59,6 @@ class Parameter:
     @property
     def flag(self) -> str:
         return "--" + self.key.replace("_", "-")
-
-    @property
-    def infotext(self) -> str:
-        return f"Fusion {self.label}"
 
     @property
     def allowed(self) -> str:
@@ -106,6 +107,7 @@ def row(
     where: tuple[str, ...] = ("panel", "cli"),
     multiple_of: int = 1,
     earlier: Any = None,
+    name: str = "",
     required: bool = False,
 ) -> T:
     """Declares a dataclass field as a parameter; the arguments are as in ``Parameter``.
@@ -116,7 +118,7 @@ def row(
     """
     described = {
         "default": default, "label": label, "help": help_text, "low": low, "high": high, "step": step,
-        "choices": choices, "where": where, "multiple_of": multiple_of, "earlier": earlier,
+        "choices": choices, "where": where, "multiple_of": multiple_of, "earlier": earlier, "name": name,
     }  # fmt: skip
     if required:
         return field(metadata={_METADATA: described})

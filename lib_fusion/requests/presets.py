@@ -26,17 +26,27 @@ RECOMMENDED: dict[str, Any] = {
 }  # fmt: skip
 #: The presets that are shipped, the best first.
 SHIPPED: dict[str, dict[str, Any]] = {
-    "Two experts: decide early, average, then place": RECOMMENDED,
-    "General base with experts made from it": RECOMMENDED | {"snb_saliency": "divergence"},
-    "Average first, then AFA": {
+    "Objects of two checkpoints in one picture": RECOMMENDED,
+    "LoRAs or experts trained from the base": RECOMMENDED | {"snb_saliency": "divergence"},
+    "AFA without coarse parts: average first": {
         "method": "AFA", "snb_window": [500, 0], "snb_outside": "average",
     },
-    "Held mask, used at once": PAPER | {"snb_hold": 900.0},
-    "MagicFusion (paper): a mask at every step": PAPER,
-    "MagicFusion: lion (first SNB, then the base)": PAPER | {"snb_window": [1000, 600], "snb_saliency": "code"},
-    "MagicFusion: bee (first the base, then SNB)": PAPER | {"snb_window": [850, 0], "snb_saliency": "code"},
+    "Sharper parts and harsher colours: mask used at once": PAPER | {"snb_hold": 900.0},
+    "As published (MagicFusion): a mask at every step": PAPER,
+    "As published: the lion (the base draws the detail)": PAPER | {"snb_window": [1000, 600], "snb_saliency": "code"},
+    "As published: the bee (the base draws the layout)": PAPER | {"snb_window": [850, 0], "snb_saliency": "code"},
     "Defaults": FusionSettings().to_dict() | {"experts": None},
 }  # fmt: skip
+#: Names that shipped presets had in earlier versions, which requests and plots may still give.
+EARLIER_NAMES = {
+    "Two experts: decide early, average, then place": "Objects of two checkpoints in one picture",
+    "General base with experts made from it": "LoRAs or experts trained from the base",
+    "Average first, then AFA": "AFA without coarse parts: average first",
+    "Held mask, used at once": "Sharper parts and harsher colours: mask used at once",
+    "MagicFusion (paper): a mask at every step": "As published (MagicFusion): a mask at every step",
+    "MagicFusion: lion (first SNB, then the base)": "As published: the lion (the base draws the detail)",
+    "MagicFusion: bee (first the base, then SNB)": "As published: the bee (the base draws the layout)",
+}
 
 
 class Presets:
@@ -51,6 +61,8 @@ class Presets:
     def get(self, name: str) -> dict[str, Any]:
         """The values of a preset; raises SettingError where there is none of this name, or a value is not allowed."""
         own = self._read()
+        if name not in own:
+            name = EARLIER_NAMES.get(name, name)
         if name not in own and name not in SHIPPED:
             raise SettingError("preset", name, f"allowed: {', '.join(self.names())}")
         values = {key: value for key, value in (own.get(name) or SHIPPED[name]).items() if value is not None}

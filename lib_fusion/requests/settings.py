@@ -58,12 +58,12 @@ def _freeu_at(stage: int) -> str:
 
 def _freeu_b(stage: int) -> float:
     help_text = f"Factor of the backbone {_freeu_at(stage)}. More: stronger shapes."
-    return row(1.0, f"FreeU b{stage}", help_text, low=-1, high=3, step=0.01)
+    return row(1.0, f"FreeU backbone b{stage}", help_text, low=-1, high=3, step=0.01, name=f"FreeU b{stage}")
 
 
 def _freeu_s(stage: int) -> float:
     help_text = f"Factor of the skip features' low frequencies {_freeu_at(stage)}. Less: smoother."
-    return row(1.0, f"FreeU s{stage}", help_text, low=-1, high=3, step=0.01)
+    return row(1.0, f"FreeU skip s{stage}", help_text, low=-1, high=3, step=0.01, name=f"FreeU s{stage}")
 
 
 def _freeu_offset(stage: int) -> float:
@@ -118,14 +118,14 @@ class ExpertSettings:
         choices=("own", "base"))
     loras: bool = row(False, "LoRAs", "Whether the LoRAs of the picture's prompt also act on this expert.", where=PANEL)
     weight: float = row(
-        1.0, "weight",
+        1.0, "strength",
         "How strongly the expert draws where it draws. More: more of it; 1 is the expert alone, 0 the base alone.",
-        low=0, high=1, step=0.05)
+        low=0, high=1, step=0.05, name="weight")
     window: tuple[float, float] = row(
-        (1000.0, 0.0), "window",
-        "Timesteps in which this expert draws, from START (1000: noise) down to END (0: picture). An earlier end "
-        "leaves it the layout, a later start the detail.",
-        low=0, high=TIMESTEPS)
+        (1000.0, 0.0), "timesteps",
+        "When this expert draws: from START (1000: the first step) down to END (0: past the last). START below 1000 "
+        "leaves the layout to the base, END above 0 the detail.",
+        low=0, high=TIMESTEPS, name="window")
     place: str = row(
         "auto", "place",
         "Where the expert draws; the base draws the rest. auto: where it is salient (SNB). mask: where its painted "
@@ -164,39 +164,39 @@ class FusionSettings:
         "trained attention maps; needs an aggregator that was trained for these models.",
         choices=("SNB", "Average", "AFA"))
     snb_window: tuple[float, float] = row(
-        (1000.0, 0.0), "window",
-        "Timesteps in which the models are fused, from START down to END (1000: noise, 0: picture). The early ones "
-        "decide the layout, the late ones the detail.",
-        low=0, high=TIMESTEPS)
+        (1000.0, 0.0), "timesteps",
+        "When the models are fused: from START (1000: the first step) down to END (0: past the last). Early steps "
+        "decide the layout, late ones the detail.",
+        low=0, high=TIMESTEPS, name="window")
     snb_outside: str = row(
-        "base", "outside",
-        "Who draws outside the window: the base alone, the first expert alone, or the average of all predictions.",
-        choices=("base", "expert", "average"))
+        "base", "outside these timesteps",
+        "Who draws before and after: the base alone, the first expert alone, or the average of all predictions.",
+        choices=("base", "expert", "average"), name="outside")
     k_general: float = row(
-        1.0, "k general",
+        1.0, "base mask sharpness",
         "How sharp the base's saliency map is. More: the base keeps its few strongest positions and loses the others.",
-        low=0, high=1000, step=0.1)
+        low=0, high=1000, step=0.1, name="k general")
     k_expert: float = row(
-        1.0, "k expert",
+        1.0, "expert mask sharpness",
         "How sharp the experts' saliency maps are. More: an expert keeps its few strongest positions and loses the "
         "others.",
-        low=0, high=1000, step=0.1)
+        low=0, high=1000, step=0.1, name="k expert")
     snb_saliency: str = row(
-        "own", "saliency",
+        "own", "mask decided by",
         "How it is measured who draws where. own: each model with its prompt against itself without (the paper). "
         "code: each against the base without a prompt (the official code). divergence: each expert against the base, "
         "for experts that were trained from it; with two or more of them the base itself draws nothing.",
-        choices=("own", "code", "divergence"))
+        choices=("own", "code", "divergence"), name="saliency")
     snb_hold: float = row(
-        900.0, "mask hold",
+        900.0, "mask decided until timestep",
         "Down to this timestep it is decided who draws where; then the mask is kept. Less: more steps decide. 0: each "
         "step decides for itself (the paper).",
-        low=0, high=TIMESTEPS, step=10, earlier=0.0)
+        low=0, high=TIMESTEPS, step=10, earlier=0.0, name="mask hold")
     snb_from: float = row(
-        300.0, "mask from",
+        300.0, "mask used from timestep",
         "From this timestep down each model draws its own part by the kept mask; before, their average draws. More: "
         "parts are sharper and colours harsher. 1000: at once.",
-        low=0, high=TIMESTEPS, step=10, earlier=1000.0)
+        low=0, high=TIMESTEPS, step=10, earlier=1000.0, name="mask from")
     place_strength: float = row(
         1.0, "place strength",
         "How strictly places are kept. 1: an expert draws in its place and nowhere else. Less: saliency may move its "
@@ -211,13 +211,13 @@ class FusionSettings:
         "with experts, always, or off.",
         choices=("with experts", "always", "off"), earlier="off")
     guidance_until: float = row(
-        400.0, "guidance until", "Below this timestep the CFG scale is lowered. More: earlier.",
-        low=0, high=TIMESTEPS, step=10)
+        400.0, "lower CFG from timestep", "Below this timestep, of 1000 to 0, the CFG scale is lowered. More: earlier.",
+        low=0, high=TIMESTEPS, step=10, name="guidance until")
     guidance_after: float = row(
-        1.0, "guidance after",
+        1.0, "lowered CFG scale",
         "The CFG scale below that timestep, if it is less than the picture's. More: more contrast. At 1 the negative "
         "prompt is not computed there, which saves half of the time.",
-        low=1, high=30, step=0.5)
+        low=1, high=30, step=0.5, name="guidance after")
     passes: str = row(
         "both", "passes", "In which passes all of this acts: both, only the first, or only hires fix.",
         choices=("both", "first", "hires"), where=PANEL)
@@ -235,17 +235,19 @@ class FusionSettings:
         "2", "FreeU version",
         "2 (the CVPR paper): the backbone is scaled by more where its features are strong. 1: evenly.",
         choices=("2", "1"))
-    freeu_models: str = row("all", "FreeU models", "Which models FreeU acts on.", choices=("all", "base", "experts"))
+    freeu_models: str = row(
+        "all", "FreeU acts on", "Which models FreeU acts on.", choices=("all", "base", "experts"), name="FreeU models")
     freeu_start: float = row(
-        0.0, "FreeU start",
+        0.0, "FreeU starting step",
         "When FreeU begins: up to 1 as a part of the steps (0.25: after a quarter), above 1 as a step.",
-        low=0, high=1000)
+        low=0, high=1000, name="FreeU start")
     freeu_stop: float = row(
-        1.0, "FreeU stop", "When FreeU ends: up to 1 as a part of the steps (1: the last step), above 1 as a step.",
-        low=0, high=1000)
+        1.0, "FreeU ending step",
+        "When FreeU ends: up to 1 as a part of the steps (1: the last step), above 1 as a step.",
+        low=0, high=1000, name="FreeU stop")
     freeu_smooth: float = row(
-        0.0, "FreeU smooth", "How gradually FreeU begins and ends. 0: at once; more: over more steps.",
-        low=0, high=1)
+        0.0, "FreeU fade", "How gradually FreeU begins and ends. 0: at once; more: over more steps.",
+        low=0, high=1, name="FreeU smooth")
     freeu_b1: float = _freeu_b(1)
     freeu_s1: float = _freeu_s(1)
     freeu_offset1: float = _freeu_offset(1)
@@ -280,18 +282,20 @@ class FusionSettings:
         "Paper: how unsteady the latent's course may be. More: more is skipped; 0: nothing.",
         low=0, high=1, step=0.005)
     skip_max: int = row(
-        0, "skips in a row",
+        0, "most skips in a row",
         "The most calls left out in a row; 0: the policy's own, 1 for Forecast and 4 for Paper.",
-        low=0, high=8, step=1, earlier=1)
+        low=0, high=8, step=1, earlier=1, name="skips in a row")
     skip_warmup: int = row(
-        4, "skip warm-up", "Forecast: so many steps are computed before any is skipped. More: safer.", low=3, high=1000)
+        4, "steps before skipping", "Forecast: so many steps are computed before any is skipped. More: safer.",
+        low=3, high=1000, name="skip warm-up")
     skip_correct: bool = row(
-        True, "skip correction",
-        "Forecast: whether the next computed result corrects the steps that were skipped, with samplers that allow it.")
+        True, "correct skipped steps",
+        "Forecast: whether the next computed result corrects the steps that were skipped, with samplers that allow it.",
+        name="skip correction")
     skip_passes: str = row(
-        "both", "skip passes",
+        "both", "skip in passes",
         "In which passes calls are skipped: both, only the first, or only hires fix.",
-        choices=("both", "first", "hires"), where=PANEL)
+        choices=("both", "first", "hires"), where=PANEL, name="skip passes")
 
     # AFA; the window, the method outside it, and the passes are SNB's.
     afa_aggregator: str = row(

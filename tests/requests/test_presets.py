@@ -7,13 +7,27 @@ from pathlib import Path
 import pytest
 
 from lib_fusion.errors import FusionError, SettingError
-from lib_fusion.requests.presets import SHIPPED, Presets
+from lib_fusion.requests.presets import EARLIER_NAMES, SHIPPED, Presets
 from lib_fusion.requests.settings import FusionSettings
 
 
 def test_shipped_presets_are_valid() -> None:
     for values in SHIPPED.values():
         FusionSettings.from_dict({key: value for key, value in values.items() if value is not None})
+
+
+def test_earlier_names_are_read(tmp_path: Path) -> None:
+    """Requests and plots may give them; a person's own preset of such a name goes before."""
+    store = Presets(tmp_path / "presets.json")
+    for before, now in EARLIER_NAMES.items():
+        assert store.get(before) == store.get(now)
+    store.save("Average first, then AFA", {"k_expert": 3})
+    assert store.get("Average first, then AFA") == {"k_expert": 3}
+
+
+def test_names_of_presets_can_be_listed_in_a_plot() -> None:
+    """A plot's values are text between commas."""
+    assert not any("," in name for name in SHIPPED)
 
 
 def test_save_apply_delete(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_an_object_may_name_a_preset() -> None:
     asked = {"preset": "MagicFusion (paper): a mask at every step", "k_expert": 2, "experts": [{"checkpoint": "a"}]}
     expected = FusionSettings.from_dict({**PAPER, "k_expert": 2, "experts": [{"checkpoint": "a"}]})
     assert request.read_args([asked], preset=get) == expected
-    with pytest.raises(SettingError, match="preset: 'none such' is not allowed; allowed: Two experts"):
+    with pytest.raises(SettingError, match="preset: 'none such' is not allowed; allowed: Objects of two"):
         request.read_args([{**asked, "preset": "none such"}], preset=get)
     assert request.write_schema()["properties"]["preset"]["type"] == "string"
 
@@ -60,8 +60,10 @@ def test_an_object_may_name_a_preset() -> None:
 def test_every_row_has_a_control_and_a_schema_entry() -> None:
     elements = [field.element for field in infotext.list_fields()]
     assert len(elements) == len(set(elements))
-    labels = [field.label for field in infotext.list_fields()]
+    labels = [label for field in infotext.list_fields() for label in field.labels]
     assert len(labels) == len(set(labels))
+    axes = [field.label for field in infotext.list_fields()]
+    assert len(axes) == len(set(axes))
     properties = request.write_schema()["properties"]
     rows = {row.key for row in PARAMETERS if "panel" in row.where}
     assert set(properties) == {"preset", "experts", "enabled", "compare"} | rows
@@ -177,6 +179,22 @@ def test_any_prompt_survives_infotext(prompt: str) -> None:
         return  # the host parses line by line
     read = read_back(parse_as_host(entries))
     assert read["experts"][0]["prompt"] == prompt
+
+
+#: The entries' keys; pictures that are already made go by them, whatever the controls are called.
+KEYS = """method, window, outside, k general, k expert, saliency, mask hold, mask from, place strength, place feather,
+guidance interval, guidance until, guidance after, passes, experts on refiner, FreeU, FreeU version, FreeU models,
+FreeU start, FreeU stop, FreeU smooth, FreeU b1, FreeU s1, FreeU offset 1, FreeU width 1, FreeU high 1, FreeU cutoff 1,
+FreeU b2, FreeU s2, FreeU offset 2, FreeU width 2, FreeU high 2, FreeU cutoff 2, FreeU b3, FreeU s3, FreeU offset 3,
+FreeU width 3, FreeU high 3, FreeU cutoff 3, skipping, skip tolerance, skip threshold, skips in a row, skip warm-up,
+skip correction, skip passes, aggregator, AFA maps, force aggregator"""
+EXPERT_KEYS = "checkpoint, prompt, negative prompt, text encoder, LoRAs, weight, window, place"
+
+
+def test_infotexts_keys_stay() -> None:
+    expected = {f"Fusion {key}" for key in KEYS.replace("\n", " ").split(", ")}
+    expected |= {f"Fusion expert {i} {key}" for i in (1, 2, 3) for key in EXPERT_KEYS.split(", ")}
+    assert expected <= {field.infotext for field in infotext.list_fields()}
 
 
 def test_plain_infotext_says_nothing() -> None:

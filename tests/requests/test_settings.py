@@ -220,9 +220,9 @@ def test_multiples_are_refused_and_told_of():
     assert free.read(3) == 3
 
 
-def test_the_labels_of_freeus_factors():
+def test_the_names_of_freeus_factors():
     """Infotexts of pictures that are already made go by them."""
-    assert [row.label for row in FREEU_CUSTOM] == [
+    assert [row.name for row in FREEU_CUSTOM] == [
         f"FreeU {factor}{stage}"
         for stage in (1, 2, 3) for factor in ("b", "s", "offset ", "width ", "high ", "cutoff ")
     ]  # fmt: skip

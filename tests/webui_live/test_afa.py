@@ -155,7 +155,7 @@ def test_panel_dict_and_infotext_agree(client: Client, files: Path) -> None:
         by_dict = client.draw(afa("pair", snb_window=[900, 100]))
         by_panel = client.draw(args=panel_args(client, **{
             TITLE: True, "Method": "AFA", "Aggregator": "pair", "Expert 1 checkpoint": "tiny_b.safetensors",
-            "Window start": 900, "Window end": 100, "Guidance interval": "off",
+            "Starting timestep": 900, "Ending timestep": 100, "Guidance interval": "off",
         }))  # fmt: skip
         assert by_panel.same_as(by_dict)
         text = by_dict.infotexts[0]

@@ -79,13 +79,14 @@ def test_nothing_chosen_is_told(page: Any, client: Client) -> None:
 def test_presets_and_memory(page: Any, client: Client, host: Host, names: Names) -> None:
     panel = PANEL.format(tab="txt2img")
     enable(page, names.expert)
-    choose(page, f"{panel}_preset", "Held mask")  # acts at once
+    choose(page, f"{panel}_preset", "Sharper parts")  # acts at once
     page.wait_for_function(f"document.querySelector('{panel}_preset_told').innerText.startsWith('Applied')")
     page.locator(f"{panel}_tabs button", has_text="Blend").click()
     assert page.locator(f"{panel}_snb_hold input[type=number]").input_value() == "900"
     set_number(page, f"{panel}_snb_hold", 800)
     line = f"document.querySelector('{panel}_preset_told').innerText"
-    page.wait_for_function(f"{line} == 'Changed since it was applied: Held mask, used at once'")
+    name = "Sharper parts and harsher colours: mask used at once"
+    page.wait_for_function(f"{line} == 'Changed since it was applied: {name}'")
     box = page.locator(f"{panel}_preset input").first
     box.fill("mine")
     box.press("Enter")
@@ -293,7 +294,7 @@ def test_only_what_is_of_use_is_shown(browser: Any, host: Host, client: Client, 
             page.locator(f"{panel}_{name}").first.wait_for(state="hidden")
         assert page.evaluate(WIDER, panel) == []
     assert page.locator(f"{panel}_snb_hold input[type=number]").input_value() == "700"
-    choose(page, f"{panel}_preset", "Held mask")
+    choose(page, f"{panel}_preset", "Sharper parts")
     page.locator(f"{panel}_preset_apply").click()
     open_tab(page, "Blend")
     page.locator(f"{panel}_snb_hold").wait_for(state="visible")

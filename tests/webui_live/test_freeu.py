@@ -58,9 +58,10 @@ def test_auto_goes_by_the_model(client: Client, model: str, name: str, version: 
 
 def test_panel_dict_infotext_and_plot_agree(client: Client) -> None:
     by_dict = draw(client, CUSTOM)
-    labels = {"FreeU": "Custom", "FreeU version": "1", "FreeU b1": 1.3, "FreeU s1": 0.5, "FreeU b2": 1.2,
-              "FreeU s3": 0.8, "FreeU offset 2": 0.25, "FreeU width 2": 0.75, "FreeU high 1": 1.1,
-              "FreeU cutoff 1": 0.5, "FreeU start": 0.25, "FreeU stop": 3, "FreeU smooth": 0.5}  # fmt: skip
+    labels = {"FreeU": "Custom", "FreeU version": "1", "FreeU backbone b1": 1.3, "FreeU skip s1": 0.5,
+              "FreeU backbone b2": 1.2, "FreeU skip s3": 0.8, "FreeU offset 2": 0.25, "FreeU width 2": 0.75,
+              "FreeU high 1": 1.1, "FreeU cutoff 1": 0.5, "FreeU starting step": 0.25, "FreeU ending step": 3,
+              "FreeU fade": 0.5}  # fmt: skip
     by_panel = draw(client, None, args=panel_args(client, **{TITLE: True}, **labels))
     assert by_panel.same_as(by_dict)
     assert without_seconds(by_panel.infotexts[0]) == without_seconds(by_dict.infotexts[0])
@@ -70,7 +71,7 @@ def test_panel_dict_infotext_and_plot_agree(client: Client) -> None:
 
 
 def test_hidden_controls_of_the_panel_do_not_count(client: Client) -> None:
-    args = panel_args(client, **{TITLE: True, "FreeU": "SD1.5", "FreeU b1": 2.5})
+    args = panel_args(client, **{TITLE: True, "FreeU": "SD1.5", "FreeU backbone b1": 2.5})
     assert draw(client, None, args=args).same_as(draw(client, {"freeu": "SD1.5"}))
 
 
@@ -84,6 +85,15 @@ def test_plot(client: Client) -> None:
         single = draw(client, {"freeu": "SD1.5", "freeu_version": version})
         assert np.array_equal(pictures[i], single.pixels[0])
         assert without_seconds(texts[i]) == without_seconds(single.infotexts[0])
+
+
+def test_factors_in_a_plot(client: Client) -> None:
+    """A cell sets several; picture and infotext are those of the same factors in a request."""
+    pictures, texts = plot(client, ("[Fusion] FreeU factors", "b1=1.4 s1=0.5, b2=1.3"))
+    for cell, text, factors in zip(pictures, texts, ({"freeu_b1": 1.4, "freeu_s1": 0.5}, {"freeu_b2": 1.3})):
+        single = draw(client, {"freeu": "Custom", **factors})
+        assert np.array_equal(cell, single.pixels[0])
+        assert without_seconds(text) == without_seconds(single.infotexts[0])
 
 
 def test_infotext_of_the_other_extension(client: Client) -> None:

@@ -347,7 +347,7 @@ def test_a_preset_with_loras(client: Client, host: Host) -> None:
     file = host.data / "denoiser-fusion-presets.json"
     file.write_text(json.dumps({"mine": own}), "utf-8")
     try:
-        pictures, texts = plot(client, ("[Fusion] Preset", "mine"), ("[Fusion] K expert", "1"))
+        pictures, texts = plot(client, ("[Fusion] Preset", "mine"), ("[Fusion] Expert mask sharpness", "1"))
     finally:
         file.unlink()
     single = client.draw(own)

@@ -113,8 +113,9 @@ def test_panel_dict_and_infotext_agree(client: Client, names: Names) -> None:
     by_dict = client.draw(fusion)
     by_panel = client.draw(args=panel_args(client, **{
         TITLE: True, "Expert 1 checkpoint": f"{names.expert}.safetensors", "Expert 1 prompt": prompt,
-        "Expert 1 text encoder": "base", "Window start": 900, "Window end": 100, "K expert": 2.5, "Mask hold": 700,
-        "Saliency": "code", "Mask from": 1000, "Guidance interval": "off",
+        "Expert 1 text encoder": "base", "Starting timestep": 900, "Ending timestep": 100, "Guidance interval": "off",
+        "Expert mask sharpness": 2.5, "Mask decided until timestep": 700, "Mask decided by": "code",
+        "Mask used from timestep": 1000,
     }))  # fmt: skip
     assert by_panel.same_as(by_dict)
     text = by_dict.infotexts[0]

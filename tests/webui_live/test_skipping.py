@@ -227,7 +227,7 @@ def test_error_in_the_unet(client: Client) -> None:
 
 def test_panel_dict_and_infotext_agree(client: Client) -> None:
     by_dict = client.draw(ON | {"skip_tolerance": 0.2, "skip_max": 2}, **STEPS)
-    labels = {"Skipping": "Forecast", "Skip tolerance": 0.2, "Skips in a row": 2}
+    labels = {"Skipping": "Forecast", "Skip tolerance": 0.2, "Most skips in a row": 2}
     by_panel = client.draw(args=panel_args(client, **{TITLE: True}, **labels), **STEPS)
     assert by_panel.same_as(by_dict)
     answer = client.ask("/sdapi/v1/txt2img", {"infotext": by_dict.infotexts[0], "width": 128, "height": 128})

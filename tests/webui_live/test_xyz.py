@@ -57,8 +57,8 @@ def plot(
 
 def test_cells(client: Client, names: Names) -> None:
     pictures, texts = plot(
-        client, ("[Fusion] Expert 1 checkpoint", f"None,{names.expert}.safetensors"), ("[Fusion] K expert", "1,40"),
-        PLAIN,
+        client, ("[Fusion] Expert 1 checkpoint", f"None,{names.expert}.safetensors"),
+        ("[Fusion] Expert mask sharpness", "1,40"), PLAIN,
     )
     off = client.draw()
     assert np.array_equal(pictures[0], off.pixels[0])
@@ -72,7 +72,7 @@ def test_cells(client: Client, names: Names) -> None:
 
 def test_windows_over_what_the_request_says(client: Client, names: Names) -> None:
     pictures, _ = plot(
-        client, ("[Fusion] Window", "1000:500,500:0"), ("[Fusion] Outside", "base,expert"),
+        client, ("[Fusion] Timesteps", "1000:500,500:0"), ("[Fusion] Outside these timesteps", "base,expert"),
         expert(names.expert, k_expert=3),
     )
     for i, (window, outside) in enumerate([(w, o) for o in ("base", "expert") for w in ([1000, 500], [500, 0])]):
@@ -103,7 +103,7 @@ def test_the_switch_and_an_end_of_the_window_from_lists_and_ranges(client: Clien
     assert np.array_equal(pictures[0], client.draw(expert(names.expert)).pixels[0])
     assert np.array_equal(pictures[1], client.draw().pixels[0])
     assert "Fusion" not in texts[1]
-    pictures, _ = plot(client, ("[Fusion] Window start", "600-1000 (+400)"), fusion=expert(names.expert))
+    pictures, _ = plot(client, ("[Fusion] Starting timestep", "600-1000 (+400)"), fusion=expert(names.expert))
     for picture, start in zip(pictures, (600, 1000), strict=True):
         single = client.draw(expert(names.expert, snb_window=[start, 0]))
         assert np.array_equal(picture, single.pixels[0])
@@ -112,7 +112,7 @@ def test_the_switch_and_an_end_of_the_window_from_lists_and_ranges(client: Clien
 def test_whole_presets(client: Client, host: Host, names: Names) -> None:
     own = {"experts": [{"checkpoint": names.other, "prompt": "a house"}], "snb_window": [900, 200], "skipping": "Off"}
     (host.data / "denoiser-fusion-presets.json").write_text(json.dumps({"my, own": own}), "utf-8")
-    shipped = "MagicFusion: lion (first SNB, then the base)"
+    shipped = "As published: the lion (the base draws the detail)"
     fusion = expert(names.expert, freeu="Custom", freeu_b3=1.2, method="Average")
     values = ([shipped, "my, own"], f'"{shipped}", "my, own"')
     grids = [plot(client, ("[Fusion] Preset", given), fusion=fusion) for given in values]
@@ -156,7 +156,7 @@ def test_weights_places_and_the_guidance_interval(client: Client, names: Names) 
     weights, places = ("0.3", "1"), ("auto", "columns 1:1 2", "0,0,1,0.5")
     text = ",".join(f'"{place}"' for place in places)
     pictures, texts = plot(
-        client, ("[Fusion] Expert 1 weight", ",".join(weights)), ("[Fusion] Expert 1 place", text), fusion
+        client, ("[Fusion] Expert 1 strength", ",".join(weights)), ("[Fusion] Expert 1 place", text), fusion
     )
     cells = [(place, float(weight)) for place in places for weight in weights]
     for picture, text, (place, weight) in zip(pictures, texts, cells, strict=True):
@@ -164,7 +164,7 @@ def test_weights_places_and_the_guidance_interval(client: Client, names: Names) 
         assert np.array_equal(picture, single.pixels[0]), (place, weight)
         assert entries(text) == entries(single.infotexts[0])
     pictures, texts = plot(
-        client, ("[Fusion] Guidance interval", "with experts,off"), ("[Fusion] Guidance after", "1,3"), fusion
+        client, ("[Fusion] Guidance interval", "with experts,off"), ("[Fusion] Lowered CFG scale", "1,3"), fusion
     )
     for i, (after, guidance) in enumerate([(a, g) for a in (1, 3) for g in ("with experts", "off")]):
         single = client.draw({**fusion, "guidance": guidance, "guidance_after": after})
@@ -177,9 +177,9 @@ WRONG = [
     ("[Fusion] Aggregator", "nothing", "afa_aggregator: 'nothing' is not allowed; no such aggregator"),
     ("[Fusion] Expert 1 checkpoint", "nothing", "Expert 1 checkpoint: 'nothing' is not allowed"),
     ("[Fusion] Method", "SNB,Mask it", "Method: 'Mask it' is not allowed"),
-    ("[Fusion] K expert", "1,many", "K expert: 'many' is not allowed; allowed: a number"),
-    ("[Fusion] Skips in a row", "0-20", "Skips in a row: 9 is not allowed"),
-    ("[Fusion] Window start", "900,1001", "Window start: '1001' is not allowed"),
+    ("[Fusion] Expert mask sharpness", "1,many", "Expert mask sharpness: 'many' is not allowed; allowed: a number"),
+    ("[Fusion] Most skips in a row", "0-20", "Most skips in a row: 9 is not allowed"),
+    ("[Fusion] Starting timestep", "900,1001", "Starting timestep: '1001' is not allowed"),
 ]
 
 
@@ -196,7 +196,8 @@ def test_wrong_values_are_refused_before_the_grid(client: Client, host: Host, na
 def test_an_error_in_one_cell_leaves_the_others_right(client: Client, names: Names) -> None:
     client.draw(model=names.base)
     checkpoints = f"{names.expert}.safetensors,tiny_xl.safetensors,None"
-    pictures, texts = plot(client, ("[Fusion] Expert 1 checkpoint", checkpoints), ("[Fusion] K expert", "1,3"), PLAIN)
+    y = ("[Fusion] Expert mask sharpness", "1,3")
+    pictures, texts = plot(client, ("[Fusion] Expert 1 checkpoint", checkpoints), y, PLAIN)
     off = client.draw()
     for row, k in enumerate((1, 3)):
         single = client.draw(expert(names.expert, k_expert=k))
@@ -212,9 +213,8 @@ def test_every_parameter_has_an_axis_once_and_in_order(client: Client) -> None:
         labels = [label for label in axis_labels(client, is_img2img) if label.startswith("[Fusion] ")]
         assert len(labels) == len(set(labels))
         assert labels[:3] == ["[Fusion] Enabled", "[Fusion] Preset", "[Fusion] Expert 1 checkpoint"]
-        wanted = ["Method", "Aggregator", "Window", "Window start", "Window end", "Outside", "K general", "K expert",
-                  "Saliency", "Mask hold", "FreeU", "FreeU version", "Skipping", "Skip threshold", "Skip tolerance",
-                  "Skips in a row", "Passes", "Skip passes"]  # fmt: skip
-        wanted += [f"FreeU {name}{stage}" for name in ("b", "s", "offset ", "width ", "high ", "cutoff ")
-                   for stage in (1, 2, 3)]  # fmt: skip
+        wanted = ["Method", "Aggregator", "Timesteps", "Starting timestep", "Ending timestep",
+                  "Outside these timesteps", "Base mask sharpness", "Expert mask sharpness", "Mask decided by",
+                  "Mask decided until timestep", "FreeU", "FreeU version", "FreeU factors", "Skipping",
+                  "Skip threshold", "Skip tolerance", "Most skips in a row", "Passes", "Skip in passes"]  # fmt: skip
         assert {f"[Fusion] {label}" for label in wanted} <= set(labels)

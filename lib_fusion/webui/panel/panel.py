@@ -47,8 +47,14 @@ SKIP_WORDS = {
 SKIP_TOLD = "More steps leave more to skip. The picture's infotext tells what was."
 AFA_TOLD = ("Not in use: the method is another one. Choosing an aggregator here chooses AFA, too, as does the method "
             "in the Blend tab.")  # fmt: skip
-AFA_HINT = ("Parts that come out coarse are mostly spoilt while there is more noise than picture. The preset 'Average "
-            "first, then AFA' lets the average draw until then.")  # fmt: skip
+AFA_HINT = ("Where objects come out coarse, the noisy early steps have spoilt them: take the preset 'AFA without "
+            "coarse parts: average first'.")  # fmt: skip
+#: When to take which method.
+METHOD_WORDS = {
+    "SNB": "Take SNB when each model should draw objects of its own in one picture. It needs no training; begin here.",
+    "Average": "Take Average to mix two styles of the same subject, without anyone drawing a part of their own.",
+    "AFA": "Take AFA when you have an aggregator that was trained for exactly these models; the AFA tab lists them.",
+}
 GUIDANCE_TOLD = ("Where the host's NGMS leaves out the unconditional half of a step, it acts first: that step has no "
                  "guidance to lower.")  # fmt: skip
 LORAS_HINT = ("Two experts have LoRAs and the picture's prompt has none. With the saliency 'divergence' the base "
@@ -107,10 +113,13 @@ def build(elem_id: Callable[[str], str]) -> Built:
                 canvases = build_experts(place, controls, elem_id)
                 divergence = build_loras_hint(elem_id)
             with gr.Tab("Blend", elem_id=elem_id("tab_blend")):
-                with gr.Row():
-                    place("method", "snb_outside")
+                place("method")
+                for method, words in METHOD_WORDS.items():
+                    gr.HTML(words, elem_id=elem_id(f"method_{method.lower()}"),
+                            elem_classes=["denoiser-fusion-told", *shown_with("method", method)])  # fmt: skip
                 with gr.Row():
                     place("snb_window")
+                place("snb_outside")
                 with gr.Accordion("When the mask is decided and used", elem_id=elem_id("mask"),
                                   elem_classes=shown_with("method", "SNB")):  # fmt: skip
                     place("snb_saliency")
@@ -421,9 +430,9 @@ def make_controls(field: Field, elem_id: Callable[[str], str]) -> list[Any]:
         return [gr.Textbox(label=label, value=value, lines=2, placeholder="Empty: the picture's", **common)]
     if row.kind == "window":
         return [
-            gr.Slider(row.low, row.high, value=part, step=1, label=f"{label} {name}",
+            gr.Slider(row.low, row.high, value=part, step=1, label=text,
                       elem_id=elem_id(f"{field.element}_{name}"), tooltip=row.help)
-            for part, name in zip(value, ("start", "end"))
+            for part, text, name in zip(value, field.labels, request.WINDOW_ENDS)
         ]  # fmt: skip
     if row.step and (row.high - row.low) / row.step <= MOST_STOPS:
         return [gr.Slider(row.low, row.high, value=value, step=row.step, label=label, **common)]

@@ -1,15 +1,21 @@
-"""Axes of the host's X/Y/Z plot: the switch, whole presets, and one for each row of the table (a window has three)."""
+"""Axes of the host's X/Y/Z plot: the switch, whole presets, and one for each row of the table.
+
+A window has three, and FreeU's factors have one in common, so that factors can be varied together.
+"""
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from lib_fusion.errors import SettingError
 from lib_fusion.requests import infotext, request
 from lib_fusion.requests.infotext import Field
 from lib_fusion.requests.parameters import Parameter
-from lib_fusion.requests.settings import ENABLED, SAME_AS_BASE
+from lib_fusion.requests.settings import ENABLED, FREEU_CUSTOM, SAME_AS_BASE
 from lib_fusion.webui import options
 from lib_fusion.webui.models import aggregators, checkpoints, lora_files
 
@@ -17,6 +23,11 @@ from lib_fusion.webui.models import aggregators, checkpoints, lora_files
 ATTRIBUTE = "_denoiser_fusion_axes"
 #: The host runs the axis of the highest cost in the outermost loop, so that each expert and each file is loaded once.
 COSTS = {"checkpoint": 0.9, "afa_aggregator": 0.8}
+#: FreeU's factors by the names that their axis has for them: b1, s1, offset1 ..
+FACTORS = {row.key.removeprefix("freeu_"): row for row in FREEU_CUSTOM}
+FACTORS_LABEL = "FreeU factors"
+_ASSIGNMENT = re.compile(r"\s*(\w+)\s*=\s*([^=]+?)(?=\s+\w+\s*=|\s*$)")
+_AXES = ("X", "Y", "Z")
 
 
 def add_axes() -> None:
@@ -35,11 +46,41 @@ def make_axes(plot: Any) -> Iterator[Any]:
     yield make_axis(plot, Field(ENABLED))
     yield make_preset_axis(plot)
     for field in infotext.list_fields():
+        if field.row == FREEU_CUSTOM[0]:
+            yield make_factors_axis(plot)
+        if field.row in FREEU_CUSTOM:
+            continue
         yield make_axis(plot, field)
-        for end in request.WINDOW_ENDS if field.width == 2 else ():
-            row = field.row
-            part = replace(row, key=f"{row.key}_{end}", label=f"{row.label} {end}", kind="float")
+        for end, label in zip(request.WINDOW_ENDS, infotext.WINDOW_LABELS) if field.width == 2 else ():
+            part = replace(field.row, key=f"{field.row.key}_{end}", label=label, kind="float")
             yield make_axis(plot, Field(part, field.expert))
+
+
+def adopt_earlier(_text: str, entries: dict[str, Any]) -> None:
+    """Gives the axes in a plot's parsed infotext their present names, where they had others in earlier versions."""
+    labels, factors = earlier_labels()
+    for axis in _AXES:
+        label, values = entries.get(f"{axis} Type"), entries.get(f"{axis} Values")
+        if label in labels:
+            entries[f"{axis} Type"] = labels[label]
+        elif label in factors and isinstance(values, str):
+            entries[f"{axis} Type"] = axis_label(FACTORS_LABEL)
+            cells = [value.strip() for value in values.split(",")]
+            entries[f"{axis} Values"] = ", ".join(f"{factors[label]}={value}" for value in cells if value)
+
+
+def earlier_labels() -> tuple[dict[str, str], dict[str, str]]:
+    """Present labels by earlier ones, and the names of FreeU's factors by the labels that their own axes had."""
+    labels, factors = {}, {}
+    for field in infotext.list_fields():
+        before = axis_label(field.earlier_label)
+        if field.row in FREEU_CUSTOM:
+            factors[before] = field.row.key.removeprefix("freeu_")
+            continue
+        labels[before] = axis_label(field.label)
+        if field.width == 2:
+            labels |= {f"{before} {end}": axis_label(label) for end, label in zip(request.WINDOW_ENDS, field.labels)}
+    return {before: now for before, now in labels.items() if before != now}, factors
 
 
 def axis_label(label: str) -> str:
@@ -113,3 +154,49 @@ def make_preset_axis(plot: Any) -> Any:
             store.get(value)
 
     return plot.AxisOption(axis_label("Preset"), str, apply, confirm=confirm, cost=0.7, choices=store.names)
+
+
+def make_factors_axis(plot: Any) -> Any:
+    """FreeU's factors: each cell sets some, as ``b1=1.3 s1=0.9``, and the others are the panel's under *Custom*."""
+
+    def prepare(text: str) -> list[str]:
+        parts = plot.csv_string_to_list_strip(text)
+        return [cell for part in parts if part.strip() for cell in expand_factors(plot, part)]
+
+    def apply(p: Any, value: str, _values: Any) -> None:
+        set_values(p, {FACTORS[name].key: number for name, number in read_factors(value).items()}, {"freeu": "Custom"})
+
+    def confirm(_p: Any, values: list[str]) -> None:
+        for value in values:
+            read_factors(value)
+
+    return plot.AxisOption(axis_label(FACTORS_LABEL), str, apply, confirm=confirm, prepare=prepare)
+
+
+def expand_factors(plot: Any, text: str) -> list[str]:
+    """The cells that one value stands for, with the host's ranges in it: ``b1=1-1.4 [3]`` is 1, 1.2 and 1.4."""
+    choices = [[f"{name}={value}" for value in expand_range(plot, value)] for name, value in split_factors(text)]
+    return [" ".join(cell) for cell in itertools.product(*choices)]
+
+
+def expand_range(plot: Any, text: str) -> list[str]:
+    if (found := plot.re_range_float.fullmatch(text)) is not None:
+        start, end, step = float(found[1]), float(found[2]), float(found[3] or 1)
+        count = int((end - start) / step + 1e-6) + 1 if step else 1
+        return [f"{start + i * step:g}" for i in range(count)]
+    if (found := plot.re_range_count_float.fullmatch(text)) is not None:
+        start, end, count = float(found[1]), float(found[2]), int(found[3] or 1)
+        return [f"{start + i * (end - start) / max(count - 1, 1):g}" for i in range(count)]
+    return [text]
+
+
+def split_factors(text: str) -> list[tuple[str, str]]:
+    """(name, value) of each factor that a cell names; raises SettingError where it is written in another way."""
+    found = _ASSIGNMENT.findall(text)
+    if not found or _ASSIGNMENT.sub("", text).strip() or any(name not in FACTORS for name, _ in found):
+        raise SettingError(FACTORS_LABEL, text, f"allowed: such as b1=1.3 s1=0.9, of {', '.join(FACTORS)}")
+    return found
+
+
+def read_factors(text: str) -> dict[str, float]:
+    return {name: FACTORS[name].read(value, f"{FACTORS_LABEL} {name}") for name, value in split_factors(text)}
