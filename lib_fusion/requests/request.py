@@ -95,19 +95,6 @@ def forgive_unused(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {key: value for key, value in values.items() if key in read or key not in rows or takes_part(key, settings)}
 
 
-def in_panels_words(error: SettingError) -> str:
-    """A refusal that names the control, where the API's name of the setting is not its label."""
-    if error.field == "experts":
-        remedies = "switch on FreeU, Skipping or the guidance interval (always), or untick the panel"
-        return f"Denoiser Fusion: choose a checkpoint under Expert 1, {remedies}"
-    labels = {field.row.key if field.expert is None else f"experts[{field.expert}].{field.row.key}": field.label
-              for field in list_fields()}  # fmt: skip
-    labels |= {f"experts[{i}].mask": f"Expert {i + 1} mask" for i in range(MAX_EXPERTS)}
-    if error.field not in labels:
-        return str(error)
-    return f"Denoiser Fusion, {SettingError(labels[error.field], error.value, error.allowed)}"
-
-
 def put_axes(values: Mapping[str, Any], axes: Mapping[str, Any]) -> dict[str, Any]:
     """An API dict with a plot's values in it: a preset's first, the others over it.
 

@@ -14,7 +14,8 @@ from lib_fusion.errors import FusionError, SettingError, one_line
 from lib_fusion.fusion.records import Records
 from lib_fusion.requests.infotext import infotext_keys, write_infotext
 from lib_fusion.requests.loras import title_of
-from lib_fusion.requests.request import in_panels_words, is_panel, read_args, values_of
+from lib_fusion.requests.refusals import in_panels_words
+from lib_fusion.requests.request import is_panel, read_args, values_of
 from lib_fusion.requests.settings import COMPARE, SAME_AS_BASE, ExpertSettings, FusionSettings
 from lib_fusion.webui.host import adapter
 from lib_fusion.webui.models import file_hashes, masks
@@ -152,8 +153,9 @@ def wrap_sampler(p: Any) -> None:
         try:
             return run(steps, func)
         except RequestRefusedError as error:
-            if job.in_panel and isinstance(error.__cause__, SettingError):
-                raise RequestRefusedError(in_panels_words(error.__cause__)) from error.__cause__
+            cause = error.__cause__
+            if job.in_panel and isinstance(cause, FusionError):
+                raise RequestRefusedError(in_panels_words(cause, job.names)) from cause
             raise
 
     def run(steps: int, func: Any) -> Any:

@@ -16,6 +16,7 @@ from PIL import Image
 from lib_fusion.errors import SettingError
 from lib_fusion.requests import infotext, request
 from lib_fusion.requests.presets import PAPER, Presets
+from lib_fusion.requests.refusals import in_panels_words
 from lib_fusion.requests.settings import EXPERT_PARAMETERS, PARAMETERS, FusionSettings
 
 FULL = {
@@ -126,8 +127,8 @@ def test_what_is_hidden_or_off_refuses_no_picture(element: str, value: object, w
     assert request.read_args(off) is None
     with pytest.raises(SettingError) as caught:
         request.read_args(panel_with(**used, **{element: value}))
-    label = next(field.label for field in infotext.list_fields() if field.element == element)
-    assert request.in_panels_words(caught.value).startswith(f"Denoiser Fusion, {label}: ")
+    labels = next(field.labels for field in infotext.list_fields() if field.element == element)
+    assert in_panels_words(caught.value).startswith(f"Denoiser Fusion, {' or '.join(labels)}: ")
 
 
 def test_a_plot_switches_on_what_the_panel_hides() -> None:
@@ -139,7 +140,7 @@ def test_a_plot_switches_on_what_the_panel_hides() -> None:
 def test_an_empty_panel_says_what_to_do() -> None:
     with pytest.raises(SettingError) as caught:
         request.read_args(panel_with())
-    assert "choose a checkpoint under Expert 1" in request.in_panels_words(caught.value)
+    assert "choose a checkpoint under Expert 1" in in_panels_words(caught.value)
 
 
 def parse_as_host(entries: dict[str, str]) -> dict[str, str]:
