@@ -153,6 +153,17 @@ denoiserFusion.noteEdit = line => (line || '').replace(/^Applied: /, 'Changed si
         }
     }
 
+    // Marks the amount of skipping that the controls have, whoever has set them.
+    function showAmount(tab) {
+        const most = Number(read(tab, 'skip_max')) || 1;  // 0 is the policy's own, which is 1
+        const amount = `denoiser-fusion-amount:${Number(read(tab, 'skip_tolerance'))}:${most}`;
+        for (const button of gradioApp().querySelectorAll(`[id^="${PANEL(tab).slice(1)}skip_"].denoiser-fusion-amount`)) {
+            const on = read(tab, 'skipping') === 'Forecast' && button.classList.contains(amount);
+            button.classList.toggle('denoiser-fusion-on', on);
+            button.setAttribute('aria-pressed', String(on));
+        }
+    }
+
     // The host gives labels and choices its own hints by their words; within our controls ours hold.
     function keepHints() {
         for (const owner of gradioApp().querySelectorAll('[id*="denoiser_fusion"][title]:not(button)')) {
@@ -231,6 +242,7 @@ denoiserFusion.noteEdit = line => (line || '').replace(/^Applied: /, 'Changed si
             const look = function() {
                 showSummary(tab);
                 showChosen(tab);
+                showAmount(tab);
             };
             setInterval(look, 500);
             look();

@@ -20,6 +20,7 @@ from lib_fusion.requests.settings import (
     MAX_EXPERTS,
     PAINTED,
     PARAMETERS,
+    PREVIEWS,
     TIMESTEPS,
     UNUSED_ROWS,
     ExpertSettings,
@@ -34,11 +35,12 @@ FREEU_CUSTOM_KEYS = {row.key for row in FREEU_CUSTOM}
 
 
 def default_values() -> list[Any]:
-    """The panel's values as it opens: off, the table's defaults, no comparison, and canvases without a picture."""
+    """The panel's values as it opens: off, the table's defaults, no comparison, canvases without a picture, and
+    the previews that the WebUI's settings name."""
     values: list[Any] = [False]
     for field in list_fields():
         values += list(field.row.default) if field.width == 2 else [panel_default(field)]
-    return [*values, COMPARE.default, *[None] * MAX_EXPERTS]
+    return [*values, COMPARE.default, *[None] * MAX_EXPERTS, None]
 
 
 def values_of(args: Sequence[Any]) -> Mapping[str, Any]:
@@ -170,7 +172,9 @@ def panel_to_dict(args: Sequence[Any]) -> dict[str, Any]:
         value = [values.pop(0) for _ in range(field.width)]
         target = result if field.expert is None else experts[field.expert]
         target[field.row.key] = value if field.width == 2 else value[0]
-    result[COMPARE.key] = values.pop(0)
+    result[COMPARE.key], previews = values.pop(0), values.pop()
+    if previews is not None:
+        result["previews"] = previews
     for expert, canvas in zip(experts, values):
         if str(expert["place"]).strip().lower() == PAINTED and (mask := read_canvas(canvas)):
             expert["mask"] = mask
@@ -236,14 +240,20 @@ def write_schema() -> dict[str, Any]:
         "type": "array", "maxItems": MAX_EXPERTS, "description": "The experts, in order.",
         "items": {"type": "object", "properties": expert, "required": ["checkpoint"], "additionalProperties": False},
     }  # fmt: skip
+    previews = {
+        "type": "array", "items": {"type": "string", "enum": list(PREVIEWS)},
+        "description": "Pictures about the picture that are shown after it; without the key those that the WebUI's "
+                       "settings name.",
+    }  # fmt: skip
     preset = {"type": "string", "description": "A preset's name; the other keys go before its values."}
     rows = [ENABLED, COMPARE, *(row for row in PARAMETERS if "panel" in row.where)]
+    own = {PRESET: preset, "experts": experts, "previews": previews}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Denoiser Fusion",
         "description": 'The one element of alwayson_scripts["Denoiser Fusion"]["args"]; every key is optional.',
         "type": "object",
-        "properties": {PRESET: preset, "experts": experts, **{row.key: _schema_of(row) for row in rows}},
+        "properties": {**own, **{row.key: _schema_of(row) for row in rows}},
         "additionalProperties": False,
     }
 

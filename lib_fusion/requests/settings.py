@@ -98,6 +98,15 @@ def read_mask_text(value: Any, field_name: str) -> str:
     return value
 
 
+def read_previews(value: Any) -> tuple[str, ...] | None:
+    """The previews that a request names; None where it leaves them to the WebUI's settings. Raises SettingError."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or any(name not in PREVIEWS for name in value):
+        raise SettingError("previews", value, f"allowed: a list of {', '.join(PREVIEWS)}")
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class ExpertSettings:
     """One expert; the panel has a block of these rows for each."""
@@ -310,6 +319,8 @@ class FusionSettings:
 
     experts: tuple[ExpertSettings, ...] = ()
     # fmt: on
+    #: Which previews are shown after a picture, by their names in PREVIEWS; None: those that the WebUI's settings name.
+    previews: tuple[str, ...] | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FusionSettings:
@@ -330,13 +341,14 @@ class FusionSettings:
             mask = read_mask_text(expert.get("mask", ""), f"experts[{i}].mask")
             known = {key: value for key, value in expert.items() if key != "mask"}
             read.append(ExpertSettings(**read_rows(EXPERT_PARAMETERS, known, f"experts[{i}]."), mask=mask))
-        rest = {key: value for key, value in values.items() if key != "experts"}
+        previews = read_previews(values.get("previews"))
+        rest = {key: value for key, value in values.items() if key not in ("experts", "previews")}
         rows = read_rows(PARAMETERS, rest)
         for factor in FREEU_CUSTOM:
             if rows["freeu"] != "Custom" and rows[factor.key] != factor.default:
                 problem = f"allowed with freeu {rows['freeu']}: {factor.default:g}; Custom takes others"
                 raise SettingError(factor.key, rows[factor.key], problem)
-        settings = cls(experts=tuple(read), **rows)
+        settings = cls(experts=tuple(read), previews=previews, **rows)
         settings._check_experts()
         return settings
 

@@ -190,7 +190,7 @@ def end(p: Any, processed: Any) -> None:
         with _told_of(processed, "comparison"):
             compare.add_comparison(p, processed, kept, job.settings, job.titles)
     with _told_of(processed, "preview"):
-        kinds = launch.wanted_records().kinds
+        kinds = launch.wanted_records(job.settings).kinds
         if kinds and not hasattr(p, compare.OVERRIDE):
             shown = not is_inside_script(p)
             gallery.add_previews(p, processed, kinds, job.records, job.settings, job.titles, shown)

@@ -67,7 +67,7 @@ def test_every_row_has_a_control_and_a_schema_entry() -> None:
     assert len(axes) == len(set(axes))
     properties = request.write_schema()["properties"]
     rows = {row.key for row in PARAMETERS if "panel" in row.where}
-    assert set(properties) == {"preset", "experts", "enabled", "compare"} | rows
+    assert set(properties) == {"preset", "experts", "previews", "enabled", "compare"} | rows
     assert set(properties["experts"]["items"]["properties"]) == {row.key for row in EXPERT_PARAMETERS} | {"mask"}
 
 
@@ -81,6 +81,22 @@ def test_refused(values: dict, field: str) -> None:
     with pytest.raises(SettingError) as caught:
         request.read_args([values])
     assert caught.value.field == field
+
+
+def test_previews_of_a_request() -> None:
+    """The panel and the API's object name them; without them they are those of the WebUI's settings."""
+    panel = panel_with(**EXPERT)
+    for shown, expected in ((None, None), ([], ()), (["masks", "skips"], ("masks", "skips"))):
+        read = request.read_args([*panel[:-1], shown])
+        assert read is not None
+        assert read.previews == expected
+        assert "previews" not in read.to_dict()
+    read = request.read_args([{"freeu": "Auto", "previews": ["maps"]}])
+    assert read is not None
+    assert read.previews == ("maps",)
+    for wrong in ("masks", ["mask"], 1, [["masks"]]):
+        with pytest.raises(SettingError, match=r"previews: .* is not allowed; allowed: a list of masks, skips"):
+            request.read_args([{"freeu": "Auto", "previews": wrong}])
 
 
 def test_off_is_still_checked() -> None:

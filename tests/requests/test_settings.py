@@ -28,7 +28,7 @@ from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, C
 #: Settings classes, their tables, and their fields that are no rows.
 TABLES = [
     (ExpertSettings, EXPERT_PARAMETERS, {"mask"}),
-    (FusionSettings, PARAMETERS, {"experts"}),
+    (FusionSettings, PARAMETERS, {"experts", "previews"}),
     (GenerationSettings, GENERATION_PARAMETERS, {"prompts"}),
     (CacheSettings, CACHE_PARAMETERS, set()),
     (TrainingSettings, TRAINING_PARAMETERS, set()),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lib_fusion.requests.settings import HOST_OPTIONS
+from lib_fusion.requests.settings import HOST_OPTIONS, FusionSettings
 from tests.webui_fake import fakes
 
 NONSENSE = ("lots", None, [], {}, -1, 1.5, 10**9, float("nan"), "\0", True, "")
@@ -55,5 +55,6 @@ def test_a_pass_and_the_caches_take_what_is_read(data: dict[str, Any]) -> None:
 
     for key in HOST_OPTIONS:
         data[f"denoiser_fusion_{key}"] = ["lots"]
-    assert wanted_records().kinds == frozenset()
+    assert wanted_records(FusionSettings()).kinds == frozenset()
+    assert wanted_records(FusionSettings(previews=("skips",))).kinds == {"skips"}
     assert not waits_in_ram(None)

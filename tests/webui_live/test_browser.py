@@ -346,6 +346,31 @@ def test_by_keyboard(page: Any, client: Client, names: Names) -> None:
     assert page.evaluate("document.activeElement.closest('[id$=denoiser_fusion_preset]') !== null")
 
 
+def test_the_amount_of_skipping_that_is_on_is_marked(page: Any, client: Client) -> None:
+    """Also where the values were set by hand; no amount is on in another policy. A preview ticked is shown."""
+    panel = PANEL.format(tab="txt2img")
+    all_marked = f"[...document.querySelectorAll('{panel}_tabs .denoiser-fusion-on')]"
+    marked = f"{all_marked}.map(e => e.id.split('_').pop()).join()"
+    prepare(page)
+    page.locator(f"{panel}_enable .label-wrap").first.click()
+    open_tab(page, "Skipping")
+    assert page.evaluate(marked) == ""
+    press_radio(page, f"{panel}_skipping", "Forecast")
+    page.wait_for_function(f"{marked} == 'faithful'")
+    page.locator(f"{panel}_skip_fast").click()
+    page.wait_for_function(f"{marked} == 'fast'")
+    set_number(page, f"{panel}_skip_tolerance", 0.1)
+    page.wait_for_function(f"{marked} == 'balanced'")
+    set_number(page, f"{panel}_skip_max", 2)
+    page.wait_for_function(f"{marked} == ''")
+    page.locator(f"{panel}_previews label", has_text="which steps were skipped").click()
+    assert "Fusion skips in a row: 2" in generate(page)
+    page.wait_for_function(f"{SHOWN} == 2")
+    press_radio(page, f"{panel}_skipping", "Paper")
+    page.locator(f"{panel}_skip_threshold").wait_for(state="visible")
+    assert page.evaluate(marked) == ""
+
+
 def test_reload(page: Any, client: Client, host: Host, names: Names) -> None:
     wait_for_answers(page)
     page.route("**/internal/ping", lambda route: route.abort())  # which the page sends to a starting host

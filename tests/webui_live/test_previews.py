@@ -56,6 +56,14 @@ def test_weights_of_the_controls(client: Client, names: Names) -> None:
     assert part(half, 1) == pytest.approx(part(alone, 1) / 2, rel=0.1)
 
 
+def test_a_request_says_which(client: Client, names: Names) -> None:
+    """Before what the settings say."""
+    asked = client.draw(expert(names.expert, previews=["masks"]))
+    assert len(asked.pixels) == 2
+    assert asked.same_as(client.draw(expert(names.expert), settings=PREVIEW))
+    assert len(client.draw(expert(names.expert, previews=[]), settings=PREVIEW).pixels) == 1
+
+
 def test_nothing_to_show(client: Client, names: Names) -> None:
     for fusion in (None, expert(names.expert, method="Average"), expert(names.expert, snb_window=[0, 0])):
         assert len(client.draw(fusion, settings=ALL).pixels) == 1

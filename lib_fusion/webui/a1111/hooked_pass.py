@@ -53,7 +53,7 @@ class FusionPass:
         self._take(sd_model)
         kinds = [self.model.kind, *(expert.model.kind for expert in self.experts)]
         guidance_scale = float(sampler.sampler_extra_args["cond_scale"])
-        self.session = FusionSession(settings, places or Places(), wanted_records(), kinds, guidance_scale)
+        self.session = FusionSession(settings, places or Places(), wanted_records(settings), kinds, guidance_scale)
         if settings.skip_passes == ("first" if is_hires else "hires"):
             self.session.skips = None
         self.refined = False

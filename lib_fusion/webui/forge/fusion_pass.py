@@ -50,7 +50,7 @@ class FusionPass:
         base = p.sd_model.forge_objects.unet.model
         self.models = [base, *(expert.patcher.model for expert in experts)]
         kinds = [kind_of(p.sd_model).kind, *(expert.model.kind for expert in experts)]
-        self.session = FusionSession(settings, places, wanted_records(), kinds, guidance_of(p))
+        self.session = FusionSession(settings, places, wanted_records(settings), kinds, guidance_of(p))
         if settings.skip_passes == ("first" if getattr(p, "is_hr_pass", False) else "hires"):
             self.session.skips = None
         self.session.blend.limits = self._limits()

@@ -60,6 +60,13 @@ GUIDANCE_TOLD = ("Where the host's NGMS leaves out the unconditional half of a s
 LORAS_HINT = ("Two experts have LoRAs and the picture's prompt has none. With the saliency 'divergence' the base "
               "without a LoRA is only what they are compared with, and draws nothing; with 'own' it competes with them "
               "and blurs what they draw.")  # fmt: skip
+#: The previews, for people.
+PREVIEW_WORDS = {
+    "masks": "which model drew what", "skips": "which steps were skipped", "weights": "AFA's weights",
+    "maps": "AFA's attention maps",
+}  # fmt: skip
+PREVIEWS_TOLD = ("Pictures about the picture. Who drew what is SNB's, weights and maps are AFA's. Settings > Denoiser "
+                 "Fusion says what is ticked when the page opens.")  # fmt: skip
 #: The places that have a button, in words.
 PLACE_BUTTONS = {"Auto": AUTO, "Left half": "columns 1:1 1", "Right half": "columns 1:1 2", "Painted": PAINTED,
                  "Top half": "rows 1:1 1", "Bottom half": "rows 1:1 2"}  # fmt: skip
@@ -143,13 +150,14 @@ def build(elem_id: Callable[[str], str]) -> Built:
             with gr.Tab("Passes", elem_id=elem_id("tab_passes")), gr.Row():
                 place("passes", "refiner")
         inputs = [control for element in fields for control in controls[element]]
+        previews = build_previews(elem_id)
         build_presets(inputs, elem_id)
         checkpoints = [controls[f"expert{i + 1}_checkpoint"][0] for i in range(MAX_EXPERTS)]
         compare = build_foot(checkpoints, elem_id)
 
     pastes = [Paste(), *(Paste(field, part) for field in fields.values() for part in range(field.width))]
     pasted = [infotext_utils.PasteField(control, paste) for control, paste in zip([enabled, *inputs], pastes)]
-    return Built([enabled, *inputs, compare, *canvases], pasted, pastes)
+    return Built([enabled, *inputs, compare, *canvases, previews], pasted, pastes)
 
 
 def build_experts(
@@ -303,8 +311,11 @@ def build_skipping(place: Callable[..., None], controls: dict[str, list[Any]], e
     with gr.Row():
         place("skipping", "skip_passes")
     with gr.Row(elem_classes=["denoiser-fusion-row"]):
-        buttons = {name: gr.Button(name, size="sm", elem_id=elem_id(f"skip_{name.lower()}"), tooltip=SKIP_WORDS[name])
-                   for name in SKIP_PRESETS}  # fmt: skip
+        buttons = {
+            name: gr.Button(name, size="sm", elem_id=elem_id(f"skip_{name.lower()}"), tooltip=SKIP_WORDS[name],
+                            elem_classes=["denoiser-fusion-amount", f"denoiser-fusion-amount:{amount_of(name)}"])
+            for name in SKIP_PRESETS
+        }  # fmt: skip
     with gr.Row(elem_classes=shown_with("skipping", "Forecast", "Paper")):
         place("skip_tolerance", "skip_threshold", "skip_max")
     with gr.Row(elem_classes=shown_with("skipping", "Forecast")):
@@ -314,6 +325,22 @@ def build_skipping(place: Callable[..., None], controls: dict[str, list[Any]], e
     for name, button in buttons.items():
         values = ["Forecast", SKIP_PRESETS[name]["skip_tolerance"], SKIP_PRESETS[name]["skip_max"]]
         button.click(lambda values=values: values, outputs=targets, **AT_ONCE)
+
+
+def amount_of(name: str) -> str:
+    """An amount of skipping as the page compares it with the controls: the tolerance, and the most skips in a row."""
+    return f"{SKIP_PRESETS[name]['skip_tolerance']:g}:{SKIP_PRESETS[name]['skip_max']}"
+
+
+def build_previews(elem_id: Callable[[str], str]) -> Any:
+    """Which pictures about the picture are shown after it, at first those that the settings page names."""
+    chosen = [kind for kind in PREVIEW_WORDS if options.read_option(f"preview_{kind}")]
+    previews = gr.CheckboxGroup(
+        label="Show after each picture", choices=[(words, kind) for kind, words in PREVIEW_WORDS.items()],
+        value=chosen, elem_id=elem_id("previews"), tooltip=PREVIEWS_TOLD,
+    )  # fmt: skip
+    previews.do_not_save_to_config = True
+    return previews
 
 
 def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:

@@ -104,9 +104,11 @@ def weights_of(cond: Any) -> list[list[float]]:
     return [[part.weight for part in image] for image in cond.batch]
 
 
-def wanted_records() -> Keep:
-    """The records that the settings want of a pass; raises SettingError."""
-    kinds = [kind for kind in PREVIEWS if read_option(f"preview_{kind}")]
+def wanted_records(settings: FusionSettings) -> Keep:
+    """The records that a request, or else the host's settings, want of a pass; raises SettingError."""
+    kinds = settings.previews
+    if kinds is None:
+        kinds = tuple(kind for kind in PREVIEWS if read_option(f"preview_{kind}"))
     rows = MAP_PARAMETERS if "maps" in kinds else ()
     return Keep.read(kinds, {row.key: read_option(f"preview_{row.key}") for row in rows})
 
