@@ -2,7 +2,7 @@
 
 Nothing is loaded or computed. Weights are counted by the tensors' names and shapes, and what a step holds meanwhile by
 running the U-Net, or the VAE's decoder, on PyTorch's meta device and adding up the tensors that are alive. It prints
-the tables of docs/costs.md; tests/test_memory.py compares them with a counted device.
+the tables of docs/measurements/costs.md; tests/test_memory.py compares them with a counted device.
 """
 
 from __future__ import annotations

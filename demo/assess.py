@@ -3,7 +3,7 @@
 Pictures are scored as latents, against the latents of the 72 concepts (encoded by the demo's VAE) and their blurred
 versions. For each object of a scene: *sharp* is whether the nearest of the 144 references in the caption's style is the
 right concept, sharp; *rms* is the distance to it. Parts can be run apart (``--part``); each leaves a JSON file, and
-``--part report`` makes docs/demo-measurements.md of them.
+``--part report`` makes docs/measurements/demo.md of them.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ def main() -> None:
     if args.part in (None, "sheet"):
         draw_sheet(HERE.parent / "docs" / "demo-models.png")
     if args.part in (None, "report"):
-        print(write_report(args.results, HERE.parent / "docs"))
+        print(write_report(args.results, HERE.parent / "docs/measurements"))
 
 
 if __name__ == "__main__":

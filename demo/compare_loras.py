@@ -2,8 +2,8 @@
 
 All 40 held-out pairs of ``demo.assess`` with two seeds each; the models are the general one with the LoRAs of
 ``demo.train_lora``. Every way's scores are kept by picture in the folder of results, so that an interrupted run
-resumes; ``--table`` writes docs/lora-experts.csv and the tables of docs/lora-experts.md from those that are there,
-``--picture`` docs/two-loras.png.
+resumes; ``--table`` writes docs/measurements/lora-experts.csv and the tables of lora-experts.md there from those that
+are there, ``--picture`` docs/two-loras.png.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lib_fusion.fusion.session import FusionSession
 from lib_fusion.previews import mask_image
 from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 
-PAGE = HERE.parent / "docs" / "lora-experts.md"
+PAGE = HERE.parent / "docs/measurements/lora-experts.md"
 DATA = PAGE.with_suffix(".csv")
 SAMPLER, STEPS = "DPM++ 2M Karras", 20
 #: The picture's scenes, of pairs that nothing was trained on, and their seeds.

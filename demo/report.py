@@ -1,4 +1,4 @@
-"""Writes docs/demo-measurements.md from what ``demo.assess`` measured."""
+"""Writes docs/measurements/demo.md from what ``demo.assess`` measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from demo.scenes import HOLD, LAYOUTS, MODELS, RMS_BOUND, TIMESTEPS, methods
 
 INTRO = """# What the demo's models can do, and what fusing them gives
 
-Made by `python -m demo.assess`; the data design is described in [demo/README.md](../demo/README.md). In scenes each
+Made by `python -m demo.assess`; the data design is described in [demo/README.md](../../demo/README.md). In scenes each
 expert was taught its own category sharp and the others blurred, and the general model both blurred, so that a scene of
 two categories is beyond any one model. **The blur was chosen to make competence visible. It is no property of real
 checkpoints, and nothing here is a claim about them.**
@@ -86,7 +86,7 @@ def write_report(results: Path, docs: Path) -> Path:
         return json.loads((results / f"{part}.json").read_text("utf-8"))
 
     docs.mkdir(exist_ok=True)
-    path = docs / "demo-measurements.md"
+    path = docs / "demo.md"
     scenes: dict[str, dict] = {}
     for file in sorted(results.glob("scenes*.json")):
         for cfg, by_method in json.loads(file.read_text("utf-8")).items():

@@ -1,7 +1,7 @@
 """Compares rules of who draws where, and how hard it is guided: ``python -m demo.rules`` (hours on one core).
 
 All 40 held-out pairs of ``demo.assess`` with two seeds each. Every rule's scores are kept by picture in the folder of
-results, so that an interrupted run resumes; ``--table`` writes docs/fusion-rules.md from those that are there.
+results, so that an interrupted run resumes; ``--table`` writes docs/measurements/fusion-rules.md from them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lib_fusion.engine.loader import quiet_libraries
 from lib_fusion.requests.settings import FusionSettings
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parent / "docs" / "fusion-rules.md"
+PAGE = HERE.parent / "docs/measurements/fusion-rules.md"
 PAIRS_A_LAYOUT = 10
 TWO, GENERAL, ALL, THREE = (
     ("animals", "vehicles"), ("general", "animals"), ("general", "animals", "vehicles"), ("animals", "vehicles", "food")

@@ -14,6 +14,7 @@ import pytest
 from lib_fusion.cli import build_parser, main
 from lib_fusion.requests.presets import Presets
 from lib_fusion.requests.request import read_args
+from lib_fusion.requests.settings import GENERATION_PARAMETERS, PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "demo/README.md"]
@@ -68,6 +69,23 @@ def test_commands_have_the_flags_that_there_are(page: Path) -> None:
     for words in commands(page):
         with pytest.raises(SystemExit) if "--help" in words else nullcontext():
             build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_programs_are_there_and_have_the_flags_that_are_named(page: Path) -> None:
+    """Of the measuring programs, ``python -m demo...`` and ``benchmarks...``."""
+    for module, rest in re.findall(r"python -m ((?:demo|benchmarks)\.[\w.]+)([^`\n#]*)", page.read_text("utf-8")):
+        file = ROOT / f"{module.replace('.', '/')}.py"
+        assert file.is_file(), module
+        flags = re.findall(r"--[a-z-]+", rest)
+        known = file.read_text("utf-8") + " ".join(row.flag for row in [*PARAMETERS, *GENERATION_PARAMETERS])
+        assert [flag for flag in flags if flag not in known] == [], module
+
+
+def test_the_index_of_measurements_names_every_page_of_them() -> None:
+    index = (ROOT / "docs/measurements/README.md").read_text("utf-8")
+    pages = {page.name for page in (ROOT / "docs/measurements").iterdir()} - {"README.md"}
+    assert {page for page in pages if page.endswith((".md", ".csv")) and f"({page}" not in index} == set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

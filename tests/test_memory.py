@@ -1,4 +1,4 @@
-"""The memory that docs/costs.md gives is what a device counts: benchmarks/memory.py against the stand-in and torch."""
+"""The memory that docs/measurements/costs.md gives is what a device counts: benchmarks/memory.py against the stand-in and torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lib_fusion.requests.settings import PLACES
 from lib_fusion.unet.config import unet_shapes
 from tests.helpers import REAL, SMALL
 
-DOCS = Path(__file__).parents[1] / "docs/costs.md"
+DOCS = Path(__file__).parents[1] / "docs/measurements/costs.md"
 
 
 def in_fp8(module: nn.Module) -> nn.Module:

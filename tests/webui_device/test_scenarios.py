@@ -1,6 +1,6 @@
 """The methods on a device in each way that people run the WebUI, against the CPU in float32 and against each other.
 
-The differences are printed (``-s``), in levels of 255, and kept in docs/costs.md.
+The differences are printed (``-s``), in levels of 255, and kept in docs/measurements/costs.md.
 """
 
 from __future__ import annotations
