@@ -2,7 +2,7 @@
 
 For U-Nets of Stable Diffusion's sizes with random weights: seconds per step, peak memory, and how often a step waits
 for the device. Rows of a size are measured in one run, and shown as ratios to the base, too. The tables are Markdown,
-with the name of the device, for docs/measurements/costs.md. Without a GPU, and with ``--device cpu``, sizes are reduced.
+with the name of the device, for docs/measurements/costs.md. Without a GPU, and with ``--device cpu``, sizes are small.
 """
 
 from __future__ import annotations

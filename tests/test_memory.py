@@ -1,4 +1,4 @@
-"""The memory that docs/measurements/costs.md gives is what a device counts: benchmarks/memory.py against the stand-in and torch."""
+"""The memory in docs/measurements/costs.md is what a device counts: benchmarks/memory.py against stand-in and torch."""
 
 from __future__ import annotations
 
