@@ -4,8 +4,16 @@
 // What events of the panel call.
 var denoiserFusion = {};
 
+// A text in the page's language, where the host's localisation has it.
+denoiserFusion.translate = text => (window.localization || {})[text] || text;
+
 // The line under the presets, after a control was changed by hand.
-denoiserFusion.noteEdit = line => (line || '').replace(/^Applied: /, 'Changed since it was applied: ');
+denoiserFusion.noteEdit = function(line) {
+    const [applied, changed] = ['Applied: {0}', 'Changed since it was applied: {0}'].map(text => {
+        return denoiserFusion.translate(text).replace('{0}', '');
+    });
+    return (line || '').startsWith(applied) ? changed + line.slice(applied.length) : line;
+};
 
 (function() {
     // The controls on whose choices others depend, by the classes that panel.py gives these.
@@ -39,15 +47,16 @@ denoiserFusion.noteEdit = line => (line || '').replace(/^Applied: /, 'Changed si
     }
 
     function summarise(tab) {
+        const translate = denoiserFusion.translate;
         const experts = EXPERTS.filter(i => isCheckpoint(read(tab, `expert${i}_checkpoint`)));
         const method = read(tab, 'method');
         const names = experts.map(i => nameOf(tab, i)).join(', ');
         const freeu = read(tab, 'freeu');
         const skipping = read(tab, 'skipping');
         return [
-            experts.length ? `${method}: ${names}` : '',
-            freeu && freeu !== 'Off' ? `FreeU ${freeu}` : '',
-            skipping && skipping !== 'Off' ? `Skipping: ${skipping}` : '',
+            experts.length ? `${translate(method)}: ${names}` : '',
+            freeu && freeu !== 'Off' ? `FreeU ${translate(freeu)}` : '',
+            skipping && skipping !== 'Off' ? `${translate('Skipping')}: ${translate(skipping)}` : '',
         ].filter(Boolean).join(' · ');
     }
 

@@ -15,7 +15,7 @@ ERRORS = ("SettingError", "CheckpointError", "FusionError", "RequestRefusedError
 
 @dataclass(frozen=True)
 class Message:
-    """One raised error: where, its class, and its arguments as templates, each in all its wordings.
+    """One call: where, of what (an error's class), and its arguments as templates, each in all its wordings.
 
     What differs in a template is ``{0}``, ``{1}`` ..; an argument that is computed elsewhere has no wording.
     """
@@ -26,19 +26,25 @@ class Message:
 
 
 def errors_of(*folders: str) -> Iterator[Message]:
+    """The errors that the files in folders of the package raise."""
     for folder in folders:
-        for file in sorted((PACKAGE / folder).rglob("*.py")):
-            yield from _errors_in(file)
+        yield from calls_of(folder, *ERRORS)
 
 
-def _errors_in(file: Path) -> Iterator[Message]:
+def calls_of(folder: str, *called: str) -> Iterator[Message]:
+    """The calls of these names, and what is given to them."""
+    for file in sorted((PACKAGE / folder).rglob("*.py")):
+        yield from _calls_in(file, called)
+
+
+def _calls_in(file: Path, called: tuple[str, ...]) -> Iterator[Message]:
     tree = ast.parse(file.read_text("utf-8"))
     constants = _assignments(tree.body)
     for function in [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Module))]:
         body = list(_own_nodes(function))
         names = {**constants, **_assignments(body)}
         for node in body:
-            if isinstance(node, ast.Call) and _called(node) in ERRORS:
+            if isinstance(node, ast.Call) and _called(node) in called:
                 arguments = tuple(tuple(dict.fromkeys(_wordings(arg, names))) for arg in node.args)
                 yield Message(f"{file.relative_to(PACKAGE)}:{node.lineno}", _called(node), arguments)
 

@@ -1,6 +1,6 @@
 """What the training tab shows of a job: its state with a bar, the losses as an SVG, the evaluation. Host-free.
 
-Colours are the page's own, so that all is readable in light and dark.
+Colours are the page's own, so that all is readable in light and dark; ``tell`` puts a sentence into its language.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lib_fusion.files import read_text, retry
@@ -22,19 +22,21 @@ STAGES = {
     "train": "training",
     "evaluate": "evaluating",
 }
+Tell = Callable[[str], str]
 #: Of the picture of losses, in its own units; points of a line.
 WIDTH, HEIGHT, LEFT, BOTTOM, POINTS = 640, 240, 52, 34, 320
 #: Steps that the time left is estimated from.
 RECENT = 50
 
 
-def status_html(status: Status | None, running: str | None = None) -> str:
+def status_html(status: Status | None, running: str | None = None, tell: Tell = str) -> str:
     """A sentence and a bar; the page looks again while the element says so."""
     if status is None:
-        told = f"{running} is being trained: choose it to watch." if running else "Nothing is being trained."
+        told = tell(f"{running} is being trained: choose it to watch." if running else "Nothing is being trained.")
         return f'<div data-running="{int(running is not None)}" data-phase="">{html.escape(told)}</div>'
-    other = f" {running} is being trained: choose it to watch." if running and running != status.name else ""
-    told = html.escape(sentence(status) + other)
+    is_other = running and running != status.name
+    other = " " + tell(f"{running} is being trained: choose it to watch.") if is_other else ""
+    told = html.escape(tell(sentence(status)) + other)
     share = 100 if status.phase == "finished" else 100 * min(1.0, status.step / status.steps)
     bar = f'<div class="denoiser-fusion-bar"><div style="width:{share:.1f}%"></div></div>'
     return f'<div data-running="{int(running is not None)}" data-phase="{html.escape(status.phase)}">{told}{bar}</div>'
@@ -72,7 +74,7 @@ def time_left(status: Status) -> str:
     return clock((recent[-1][3] - recent[0][3]) / (len(recent) - 1) * (status.steps - status.step))
 
 
-def loss_svg(rows: Sequence[tuple[int, float, float, float]]) -> str:
+def loss_svg(rows: Sequence[tuple[int, float, float, float]], tell: Tell = str) -> str:
     """Each step's loss, thin, and their running mean over up to WINDOW steps; nothing where there are no losses."""
     losses = [row[1] for row in rows if math.isfinite(row[1])]
     if len(losses) < 2:
@@ -104,13 +106,13 @@ def loss_svg(rows: Sequence[tuple[int, float, float, float]]) -> str:
         texts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{top * part:.3g}</text>')
         step = round(first + (last - first) * part)
         texts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="{anchor}">{step}</text>')
-    told = f"step; thin: loss of a step, thick: mean of the last {window}"
+    told = tell(f"step; thin: loss of a step, thick: mean of the last {window}")
     texts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{told}</text>')
     body = "".join([*lines, *texts])
     return f'<svg class="denoiser-fusion-losses" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{body}</svg>'
 
 
-def evaluation_html(folder: Path, is_held_out: bool) -> str:
+def evaluation_html(folder: Path, is_held_out: bool, tell: Tell = str) -> str:
     """The verdict, what it was measured on, and the plot; nothing where nothing is evaluated yet."""
     verdict = next((line for line in report(folder).splitlines() if line.startswith("The aggregator")), "")
     if not verdict:
@@ -119,7 +121,7 @@ def evaluation_html(folder: Path, is_held_out: bool) -> str:
         "the training pictures, which flatters the aggregator; name a folder of held-out pictures for an honest measure"
     )  # fmt: skip
     kind = "lost" if "NOT" in verdict else "won"
-    told = f'<p class="denoiser-fusion-{kind}"><b>{html.escape(verdict)}</b></p><p>Measured on {on}.</p>'
+    told = f'<p class="denoiser-fusion-{kind}"><b>{html.escape(verdict)}</b></p><p>{tell(f"Measured on {on}.")}</p>'
     try:
         data = base64.b64encode(retry((folder / "evaluation.png").read_bytes)).decode()
     except OSError:

@@ -8,6 +8,7 @@ from typing import Any
 from lib_fusion.errors import FusionError
 from lib_fusion.log import logger
 from lib_fusion.webui.host import adapter
+from lib_fusion.webui.words import translate
 
 
 class Runtime:
@@ -59,13 +60,15 @@ class Runtime:
         """The loaded experts and their size in memory, as HTML, and whether those that are chosen are too large."""
         sizes = self.models.sizes()
         names = ", ".join(html.escape(name) for name, _ in sizes)
-        told = f"Loaded: {names} ({_mib(self.models.bytes)} with text encoders)" if sizes else "No expert is loaded."
+        told = translate("No expert is loaded.")
+        if sizes:
+            told = translate(f"Loaded: {names} ({_mib(self.models.bytes)} with text encoders)")
         lacking = self.models.shortage(checkpoints)
         if lacking is None:
             return told
         need, room, remedy = lacking
-        needs = f"The chosen experts need {_mib(int(need))} of GPU memory, and {_mib(int(room))} are free"
-        return f"{told} <b>{needs}: {remedy}.</b>"
+        needs = translate(f"The chosen experts need {_mib(int(need))} of GPU memory, and {_mib(int(room))} are free")
+        return f"{told} <b>{needs}: {translate(remedy)}.</b>"
 
     def _guard(self, step: str, params: Any) -> None:
         """Calls the running pass. The host swallows what a callback raises, so the pass raises it where it is heard."""

@@ -27,6 +27,7 @@ from lib_fusion.webui.panel import compare, gallery, xyz
 from lib_fusion.webui.refusal import RequestRefusedError
 from lib_fusion.webui.runtime import runtime
 from lib_fusion.webui.sampling import launch
+from lib_fusion.webui.words import translate
 
 ATTRIBUTE = "_denoiser_fusion"
 #: On a request that is to be compared: what it was before the host changed it.
@@ -67,6 +68,10 @@ class Request:
         experts = self.settings.experts if self.settings else ()
         stems = ("base" if name == SAME_AS_BASE else Path(name).stem for name in self.names)
         return [title_of(stem, expert.prompt) for stem, expert in zip(stems, experts)]
+
+    def in_words(self, told: str) -> str:
+        """A line for whoever asked: the panel's page may have another language."""
+        return translate(told) if self.in_panel else told
 
     def begin_batch(self) -> None:
         self.calls, self.rows, self.skipped_rows = ([0] * (1 + len(self.names)) for _ in range(3))
@@ -155,7 +160,7 @@ def wrap_sampler(p: Any) -> None:
         except RequestRefusedError as error:
             cause = error.__cause__
             if job.in_panel and isinstance(cause, FusionError):
-                raise RequestRefusedError(in_panels_words(cause, job.names)) from cause
+                raise RequestRefusedError(translate(in_panels_words(cause, job.names))) from cause
             raise
 
     def run(steps: int, func: Any) -> Any:
@@ -183,13 +188,13 @@ def end(p: Any, processed: Any) -> None:
     job: Request | None = getattr(p, ATTRIBUTE, None)
     if job is None or job.settings is None or not processed.images:  # none yet: ADetailer ends once too early
         return
-    with _told_of(processed, "mask"):
+    with _told_of(processed, job, "mask"):
         masks.save_masks(p, processed, job.painted)
     kept = getattr(p, KEPT, None)
     if kept is not None:
-        with _told_of(processed, "comparison"):
+        with _told_of(processed, job, "comparison"):
             compare.add_comparison(p, processed, kept, job.settings, job.titles)
-    with _told_of(processed, "preview"):
+    with _told_of(processed, job, "preview"):
         kinds = launch.wanted_records(job.settings).kinds
         if kinds and not hasattr(p, compare.OVERRIDE):
             shown = not is_inside_script(p)
@@ -206,13 +211,13 @@ def is_inside_script(p: Any) -> bool:
 
 
 @contextmanager
-def _told_of(processed: Any, what: str) -> Iterator[None]:
+def _told_of(processed: Any, job: Request, what: str) -> Iterator[None]:
     """The pictures exist already: where an extra can't be made or saved, they stay, and a line says so."""
     try:
         yield
     except Exception as error:
         told = f"Denoiser Fusion: the {what} could not be made ({one_line(f'{type(error).__name__}: {error}')})."
-        processed.comments += f"{told}\n"  # under the gallery
+        processed.comments += f"{job.in_words(told)}\n"  # under the gallery
         processed.extra_generation_params["Fusion comment"] = told  # in the API's answer
         errors.report(told, exc_info=not isinstance(error, (FusionError, OSError)))
 
@@ -236,6 +241,7 @@ def _tell(p: Any, job: Request, record: dict) -> None:
         p.extra_generation_params["Fusion U-Net rows"] = ", ".join(map("{} {}".format, names, job.rows))
     p.extra_generation_params["Fusion seconds"] = f"{job.seconds:.2f}"
     if record["refined"]:
-        p.comment("Denoiser Fusion was off after the refiner took over.")
+        p.comment(job.in_words("Denoiser Fusion was off after the refiner took over."))
     if job.settings.freeu != "Off" and any(key.lower().startswith("freeu") for key in p.extra_generation_params):
-        p.comment("Denoiser Fusion: another FreeU was on as well; both have acted, one after the other.")
+        told = "Denoiser Fusion: another FreeU was on as well; both have acted, one after the other."
+        p.comment(job.in_words(told))

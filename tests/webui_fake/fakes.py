@@ -196,6 +196,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     here = globals()
     contents: dict[str, dict[str, Any]] = {
         "devices": {"device": torch.device("cpu"), "cpu": torch.device("cpu"), "dtype_unet": torch.float32},
+        "localization": {"localizations": {}},
         "shared": {"opts": options, "sd_model": None, "OptionInfo": OptionInfo,
                    "state": SimpleNamespace(interrupted=False, skipped=False)},
         "sd_models": {"checkpoint_aliases": {}, "checkpoints_list": {}},

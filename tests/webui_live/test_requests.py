@@ -96,10 +96,10 @@ def test_presets_and_aggregators_are_listed_and_may_be_named(client: Client, nam
         (folder / "broken.safetensors").unlink()
     assert "broken.safetensors" in broken[0]["error"]
     own = {"experts": [{"checkpoint": f"{names.expert}.safetensors"}], "k_expert": 2}
-    paper = "MagicFusion (paper): a mask at every step"
+    paper = "As published (MagicFusion): a mask at every step"
     by_preset = client.draw({"preset": paper, **own})
     assert by_preset.same_as(client.draw({**presets[paper], **own}))
-    with pytest.raises(RefusedError, match="preset: 'none such' is not allowed; allowed: Two experts"):
+    with pytest.raises(RefusedError, match="preset: 'none such' is not allowed; allowed: Objects of two"):
         client.draw({"preset": "none such", **own})
     document = client.ask("/openapi.json")["paths"]["/denoiser-fusion/schema"]["get"]
     example = document["responses"]["200"]["content"]["application/json"]["example"]

@@ -17,6 +17,7 @@ from lib_fusion.errors import FusionError
 from lib_fusion.requests import infotext, presets, request
 from lib_fusion.requests.infotext import Field
 from lib_fusion.requests.loras import change_loras
+from lib_fusion.requests.refusals import in_panels_words
 from lib_fusion.requests.settings import (
     AUTO,
     COMPARE,
@@ -36,6 +37,7 @@ from lib_fusion.webui.host import adapter
 from lib_fusion.webui.models import aggregators, checkpoints, file_hashes
 from lib_fusion.webui.panel.canvas import make_canvas
 from lib_fusion.webui.runtime import runtime
+from lib_fusion.webui.words import translate
 
 FREEU_ON = ("Auto", *FREEU_PUBLISHED, "Custom")
 #: The amounts of skipping, for people.
@@ -93,7 +95,10 @@ MOST_BUTTONS = 4
 #: For events of ours: Gradio waits for ever for a queued one whose page has gone, and *Reload UI* with it.
 AT_ONCE = {"show_progress": False, "queue": False}
 #: What may lose a preset: its button, the question, and what is said when it is done.
-QUESTIONS = {"save": ("💾", "replace", "Saved"), "delete": ("🗑️", "delete", "Deleted")}
+QUESTIONS = {
+    "save": ("Press 💾 again to replace the preset {}.", "Saved: {}"),
+    "delete": ("Press 🗑️ again to delete the preset {}.", "Deleted: {}"),
+}
 
 
 @dataclass
@@ -259,9 +264,9 @@ def build_afa(place: Callable[..., None], controls: dict[str, list[Any]], elem_i
 
     def on_change(name: str) -> str:
         try:
-            return html.escape(aggregators.describe(name)) if name else ""
+            return html.escape(translate(aggregators.describe(name))) if name else ""
         except FusionError as error:
-            return html.escape(str(error))
+            return html.escape(translate(in_panels_words(error)))
 
     file.input(on_choice, inputs=[file, *prompts], outputs=[method, *chosen.values()], **AT_ONCE)
     file.change(on_change, inputs=[file], outputs=[told], **AT_ONCE)
@@ -299,7 +304,7 @@ def describe_freeu(name: str, version: str) -> str:
     """The published factors that a choice stands for, for people."""
     if name == "Auto":
         names = ", ".join(dict.fromkeys(FREEU_AUTO.values()))
-        return f"The published factors for the kind of the loaded model: {names}."
+        return translate(f"The published factors for the kind of the loaded model: {names}.")
     if name not in FREEU_PUBLISHED:
         return ""
     factors = zip(FREEU_PUBLISHED_ROWS, FREEU_PUBLISHED[name][version])
@@ -362,8 +367,8 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
         try:
             values = request.dict_to_panel(store.get(name))
         except FusionError as error:
-            return [gr.update() for _ in inputs] + [html.escape(str(error))]
-        told = f"Applied: {html.escape(name)}"
+            return [gr.update() for _ in inputs] + [html.escape(translate(in_panels_words(error)))]
+        told = html.escape(translate(f"Applied: {name}"))
         return [gr.update() if value is None else gr.update(value=value) for value in values] + [told]
 
     def on_choice(name: str) -> list[Any]:
@@ -383,17 +388,17 @@ def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
 
     def act(what: str, name: str, asked: str, do: Callable[[], None]) -> list[Any]:
         """Asks, by a second press, before one's own preset is lost. ``asked``: what the press before has asked."""
-        button, doing, done = QUESTIONS[what]
+        asking, done = QUESTIONS[what]
         question = f"{what} {name}"
         try:
             if store.is_own(name) and asked != question:
-                told = f"Press {button} again to {doing} the preset {name}."
+                told = asking.format(name)
             else:
                 do()
-                told, question = f"{done}: {name}", ""
+                told, question = done.format(name), ""
         except FusionError as error:
-            told, question = str(error), ""
-        return [gr.update(choices=list_presets(store)), html.escape(told), question]
+            told, question = in_panels_words(error), ""
+        return [gr.update(choices=list_presets(store)), html.escape(translate(told)), question]
 
     asked = gr.State("")
     chosen.input(on_choice, inputs=[chosen], outputs=[*inputs, told], **AT_ONCE)

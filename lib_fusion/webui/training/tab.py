@@ -10,7 +10,7 @@ import gradio as gr
 # Modules, not names from them: a UI reload creates the host's UI classes again.
 from modules import sd_models, ui_common, ui_components
 
-from lib_fusion.errors import FusionError
+from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.requests.parameters import Parameter
 from lib_fusion.training import view as training_view
 from lib_fusion.training.jobs import EVALUATION
@@ -18,13 +18,20 @@ from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, l
 from lib_fusion.webui.models import checkpoints, lora_files
 from lib_fusion.webui.panel.panel import AT_ONCE
 from lib_fusion.webui.training import start as training
+from lib_fusion.webui.words import translate
 
 TITLE, IDENTITY = "Fusion training", "denoiser_fusion_training"
 #: Rows in full view; the others are folded away.
 MAIN = ("resolution", "steps", "batch_size", "learning_rate", "precision")
 ROWS = (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)
-#: What the form has beside the rows.
+#: What the form has besides the rows.
 FIELDS = ("source", "held_out", "models")
+#: The form's labels by the fields that errors name.
+LABELS = {
+    "name": "Name of the aggregator", "source": "Folder of captioned pictures",
+    "held_out": "Folder of held-out pictures", "models": "Models, the base first", "LoRA": "LoRA for the last model",
+    **{row.key: label_of(row) for row in ROWS},
+}  # fmt: skip
 TOLD = (
     "A training runs in a process of its own, beside the WebUI: pages may be closed and the WebUI restarted. It needs "
     "the GPU's memory for all its models; the loaded checkpoint stays there too, unless Settings > Actions > "
@@ -47,7 +54,7 @@ def build() -> list[tuple[Any, str, str]]:
                     "Stop", elem_id=element("stop"), tooltip="What is saved stays; Start goes on from there."
                 )
             told = gr.HTML(elem_id=element("told"), elem_classes=["denoiser-fusion-told"])
-            gr.HTML(TOLD, elem_classes=["denoiser-fusion-told"])
+            gr.HTML(translate(TOLD), elem_classes=["denoiser-fusion-told"])
         with gr.Column(variant="compact", elem_classes=["denoiser-fusion"]):
             shown = build_view()
             look = gr.Button("Look", elem_id=element("look"), elem_classes=["denoiser-fusion-hidden"])
@@ -67,15 +74,16 @@ def connect(buttons: dict[str, Any], name: Any, controls: list[Any], told: Any, 
         try:
             job = training.start({"name": chosen, **dict(zip((*FIELDS, *(row.key for row in ROWS)), values))})
         except FusionError as error:
-            return [gr.update(), html.escape(str(error)), *view(chosen)]
-        return [gr.update(value=job.name, choices=training.jobs().names()), f"Started: {html.escape(job.name)}",
-                *view(job.name)]  # fmt: skip
+            return [gr.update(), refusal_of(error), *view(chosen)]
+        told = html.escape(translate(f"Started: {job.name}"))
+        return [gr.update(value=job.name, choices=training.jobs().names()), told, *view(job.name)]
 
     def on_stop(chosen: str) -> list[Any]:
         store = training.jobs()
         running = store.running()
         done = running is not None and store.stop(running)
-        return [f"Stopped: {html.escape(running)}" if done else "Nothing is being trained.", *view(chosen)]
+        told = translate(f"Stopped: {running}" if done else "Nothing is being trained.")
+        return [html.escape(told), *view(chosen)]
 
     def on_enter() -> list[Any]:
         """For a page that has just been opened: the training that runs, or else the last."""
@@ -95,7 +103,7 @@ def build_loras(models: Any) -> tuple[list[Any], Any]:
     """A LoRA and its weight, and a button that adds it to the last of ``models``; the last returned is the button."""
     with gr.Row(elem_classes=["denoiser-fusion-row"]):
         lora = gr.Dropdown(
-            label="LoRA for the last model", choices=lora_files.list_loras(), value="", elem_id=element("lora"),
+            label=LABELS["LoRA"], choices=lora_files.list_loras(), value="", elem_id=element("lora"),
             tooltip="A model may be a checkpoint with LoRAs, as an expert of a picture is.",
         )  # fmt: skip
         ui_common.create_refresh_button(
@@ -112,7 +120,14 @@ def on_add(names: list[str] | None, lora: str, weight: float) -> list[Any]:
     try:
         return [models_update(training.add_lora(names or [], lora, weight)), ""]
     except FusionError as error:
-        return [gr.update(), html.escape(str(error))]
+        return [gr.update(), refusal_of(error)]
+
+
+def refusal_of(error: FusionError) -> str:
+    """What an error says, as HTML, with the form's label for the field that it names."""
+    if isinstance(error, SettingError):
+        error = SettingError(LABELS.get(error.field, error.field), error.value, error.allowed)
+    return html.escape(translate(str(error)))
 
 
 def models_update(names: list[str]) -> Any:
@@ -124,21 +139,21 @@ def models_update(names: list[str]) -> Any:
 def build_form() -> tuple[Any, list[Any], tuple[list[Any], Any]]:
     """The name, the controls in the order of FIELDS and ROWS, and what ``build_loras`` returns."""
     name = ui_components.DropdownEditable(
-        label="Name of the aggregator", choices=training.jobs().names(), value="", elem_id=element("name"),
+        label=LABELS["name"], choices=training.jobs().names(), value="", elem_id=element("name"),
         tooltip="Of the file in models/denoiser-fusion. Choose an earlier training to see it or to go on with it.",
     )  # fmt: skip
     name.do_not_save_to_config = True
     source = gr.Textbox(
-        label="Folder of captioned pictures", elem_id=element("source"),
+        label=LABELS["source"], elem_id=element("source"),
         placeholder="With metadata.jsonl, or a .txt beside each picture; or a webdataset .tar",
     )  # fmt: skip
     held_out = gr.Textbox(
-        label="Folder of held-out pictures", elem_id=element("held_out"),
+        label=LABELS["held_out"], elem_id=element("held_out"),
         placeholder="Of the same form, for an honest evaluation; may be empty",
     )  # fmt: skip
     with gr.Row(elem_classes=["denoiser-fusion-row"]):
         models = gr.Dropdown(
-            label="Models, the base first", choices=checkpoints.list_checkpoints(), value=[], multiselect=True,
+            label=LABELS["models"], choices=checkpoints.list_checkpoints(), value=[], multiselect=True,
             elem_id=element("models"), tooltip="In the order in which they will be used: the base, then its experts.",
         )  # fmt: skip
         models.do_not_save_to_config = True
@@ -178,13 +193,15 @@ def view(name: str) -> list[Any]:
     except FusionError:
         status = None
     if status is None:
-        return [training_view.status_html(None, running), "", "", "", ""]
+        return [training_view.status_html(None, running, translate), "", "", "", ""]
     job, folder = store.read(name), store.of(name) / EVALUATION
     is_stale = status.phase == "running" and status.stage != "evaluate"
-    verdict = "" if is_stale else training_view.evaluation_html(folder, bool(job.values["held_out"]))
+    verdict = "" if is_stale else training_view.evaluation_html(
+        folder, bool(job.values["held_out"]), translate)
     tables = training_view.evaluation_tables(folder) if verdict else ""
     log = f"<pre>{html.escape(store.log(name))}</pre>"
-    return [training_view.status_html(status, running), training_view.loss_svg(status.rows), verdict, tables, log]
+    state = training_view.status_html(status, running, translate)
+    return [state, training_view.loss_svg(status.rows, translate), verdict, tables, log]
 
 
 def form(name: str) -> list[Any]:
