@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from lib_fusion import __version__
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.requests.parameters import Parameter, read_rows
+from lib_fusion.requests.presets import SHIPPED
 from lib_fusion.requests.settings import (
     EXPERT_PARAMETERS,
     GENERATION_PARAMETERS,
@@ -76,6 +77,13 @@ examples:
 """
 
 
+GALLERY_EXAMPLE = """
+example: two seeds of each prompt, the default settings and the published rule
+  %(prog)s --base demo/animals.safetensors --expert demo/vehicles.safetensors --prompts demo/prompts.txt --count 2 \\
+      --width 256 --height 128 --preset "As published (MagicFusion): a mask at every step"
+"""
+
+
 def add_rows(parser: Arguments, rows: Iterable[Parameter]) -> None:
     """A flag for each row; values stay text, and the table reads them."""
     for row in rows:
@@ -93,16 +101,9 @@ def add_fusion(parser: argparse.ArgumentParser) -> None:
         add_rows(parser.add_argument_group(title), rows)
 
 
-def build_parser() -> OneLineParser:
-    parser = OneLineParser(prog="lib_fusion", description="Combine diffusion models while they denoise.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-
-    generate = commands.add_parser("generate", help="draw pictures with the embedded engine", epilog=EXAMPLES,
-                                   usage="%(prog)s --base FILE --prompt TEXT [--expert FILE ...] [FLAG VALUE ...]",
-                                   description="Draws pictures with SD1 checkpoints, alone or fused.",
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    models = generate.add_argument_group("models")
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """The flags that name the base and its experts."""
+    models = parser.add_argument_group("models")
     models.add_argument("--base", required=True, metavar="FILE", help="the base checkpoint, SD1 .safetensors")
     models.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]",
                         help="a LoRA that is merged into the base (default weight 1); may be repeated")
@@ -117,6 +118,18 @@ def build_parser() -> OneLineParser:
                             default=[], metavar="VALUE", help=f"{row.help} ({row.allowed})")
     models.add_argument("--expert-mask", action="append", default=[], metavar="FILE",
                         help="a picture, white where the expert draws; \"\" for an expert without one")
+
+
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(prog="lib_fusion", description="Combine diffusion models while they denoise.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
+
+    generate = commands.add_parser("generate", help="draw pictures with the embedded engine", epilog=EXAMPLES,
+                                   usage="%(prog)s --base FILE --prompt TEXT [--expert FILE ...] [FLAG VALUE ...]",
+                                   description="Draws pictures with SD1 checkpoints, alone or fused.",
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add_models(generate)
     picture = generate.add_argument_group("picture")
     picture.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be repeated")
     add_rows(picture, GENERATION_PARAMETERS)
@@ -158,6 +171,26 @@ def build_parser() -> OneLineParser:
                              help="a checkpoint of the ensemble, or one with LoRAs: CHECKPOINT+LORA:WEIGHT; repeated, "
                              "in its order, the base first")
         command.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+
+    gallery = commands.add_parser(
+        "gallery", help="a page of pictures by every model alone and fused",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Draws every prompt with every model alone and fused, and writes one HTML page of all.\n"
+        "Stop it at any time; the same command resumes.", epilog=GALLERY_EXAMPLE,
+        usage="%(prog)s --base FILE --expert FILE --prompts FILE [--out FOLDER] [FLAG VALUE ...]",
+    )  # fmt: skip
+    add_models(gallery)
+    picture = gallery.add_argument_group("pictures")
+    picture.add_argument("--prompts", required=True, metavar="FILE",
+                         help="a text file with one prompt on each line; lines that begin with # do not count")
+    picture.add_argument("--preset", action="append", default=[], metavar="NAME",
+                         help=f"a further column with a preset's values; may be repeated ({'; '.join(SHIPPED)})")
+    add_rows(picture, GENERATION_PARAMETERS)
+    add_fusion(gallery)
+    output = gallery.add_argument_group("output")
+    output.add_argument("--out", default="outputs/gallery", metavar="FOLDER",
+                        help="where index.html and the pictures go (default: outputs/gallery)")
+    _add_machine(output)
 
     demo = commands.add_parser("demo", help="fuse the demo's checkpoints and write a contact sheet")
     demo.add_argument("--out", default="outputs/demo.png", metavar="FILE", help="the sheet (default: outputs/demo.png)")
@@ -362,6 +395,33 @@ def run_convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_gallery(args: argparse.Namespace) -> int:
+    from lib_fusion.engine.gallery import Gallery, columns_of, read_prompts
+
+    if not args.expert:
+        raise SettingError("expert", "", "allowed: one to three --expert FILE")
+    args.prompt = read_prompts(args.prompts)
+    generation, fusion = read_settings(args)
+    models = read_models(args)
+    dtype, device = read_machine(args)
+    from lib_fusion.engine.generate import Engine
+    from lib_fusion.engine.loader import quiet_libraries
+    from lib_fusion.unet.checkpoint import distinct_names
+
+    columns = columns_of(distinct_names([model.name for model in models]), fusion, args.preset)
+    quiet_libraries()
+    engine = Engine(models[0], models[1:], dtype=dtype, device=device)
+    out = Path(args.out)
+    gallery = Gallery(models, columns, generation, out, read_masks(args.expert_mask))
+    try:
+        page = gallery.make(engine, lambda line: print(line, file=sys.stderr, flush=True), sys.stderr.isatty())
+    except KeyboardInterrupt:
+        print(f"stopped; the same command resumes. So far: {out / 'index.html'}", file=sys.stderr)
+        return 130
+    print(json.dumps({"page": str(page)}) if args.json else page)
+    return 0
+
+
 def run_demo(args: argparse.Namespace) -> int:
     generation = GenerationSettings.from_dict({"prompts": ["demo"], "steps": args.steps, "seed": args.seed})
     dtype, device = read_machine(args)
@@ -382,7 +442,7 @@ def run_demo(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"generate": run_generate, "demo": run_demo, "cache": run_cache, "train": run_train,
+COMMANDS = {"generate": run_generate, "demo": run_demo, "gallery": run_gallery, "cache": run_cache, "train": run_train,
             "evaluate": run_evaluate, "convert-afa": run_convert}  # fmt: skip
 
 
