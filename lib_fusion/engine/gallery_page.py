@@ -29,7 +29,8 @@ h2 small, figcaption small { color: var(--faint); font-weight: normal; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; padding: 12px 16px;
   background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
-.row { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(min(220px, 100%), 1fr)); }
+.row { display: grid; gap: 12px; align-items: end;
+  grid-template-columns: repeat(auto-fill, minmax(min(220px, 100%), 1fr)); }
 figure { margin: 0; } figcaption { margin-bottom: 4px; font-weight: 600; overflow-wrap: anywhere; }
 figcaption small { display: block; }
 figure img { display: block; width: 100%; border: 1px solid var(--line); border-radius: 6px; cursor: zoom-in; }

@@ -11,8 +11,9 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from lib_fusion import __version__
 from lib_fusion.files import write_whole
-from lib_fusion.requests.infotext import write_infotext
+from lib_fusion.requests.infotext import VERSION, write_infotext
 from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 from lib_fusion.unet.model_file import ModelFile
 
@@ -34,6 +35,7 @@ def infotext(prompt: str, seed: int, generation: GenerationSettings, fusion: Fus
         names = [Path(expert.checkpoint).name for expert in fusion.experts]
         named = replace(fusion, afa_aggregator=Path(fusion.afa_aggregator).name)
         values |= {key: _quoted(value) for key, value in write_infotext(named, names).items()}
+        values[VERSION] = __version__
     lines.append(", ".join(f"{key}: {value}" for key, value in values.items()))
     return "\n".join(lines)
 

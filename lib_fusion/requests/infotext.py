@@ -22,7 +22,8 @@ WINDOW_LABELS = ("starting timestep", "ending timestep")
 #: The checkpoint of an expert that is not there.
 NO_CHECKPOINT = ("", "None")
 #: Entries that tell what was done, and are no settings; the last is in the API's answer only, not in pictures.
-NOTES = ["Fusion U-Net calls", "Fusion U-Net rows", "Fusion seconds", "Fusion comment"]
+VERSION = "Fusion version"
+NOTES = ["Fusion U-Net calls", "Fusion U-Net rows", "Fusion seconds", VERSION, "Fusion comment"]
 
 
 def hash_key(expert: int) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from modules import errors
 
+from lib_fusion import __version__
 from lib_fusion.errors import FusionError, SettingError, one_line
 from lib_fusion.fusion.records import Records
-from lib_fusion.requests.infotext import infotext_keys, write_infotext
+from lib_fusion.requests.infotext import VERSION, infotext_keys, write_infotext
 from lib_fusion.requests.loras import title_of
 from lib_fusion.requests.refusals import in_panels_words
 from lib_fusion.requests.request import is_panel, read_args, values_of
@@ -240,6 +241,7 @@ def _tell(p: Any, job: Request, record: dict) -> None:
     elif job.settings.lowers_guidance and job.settings.guidance_after == 1:  # which spares unconditional rows
         p.extra_generation_params["Fusion U-Net rows"] = ", ".join(map("{} {}".format, names, job.rows))
     p.extra_generation_params["Fusion seconds"] = f"{job.seconds:.2f}"
+    p.extra_generation_params[VERSION] = __version__
     if record["refined"]:
         p.comment(job.in_words("Denoiser Fusion was off after the refiner took over."))
     if job.settings.freeu != "Off" and any(key.lower().startswith("freeu") for key in p.extra_generation_params):

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from demo.concepts import is_held_out
+from lib_fusion import __version__
 from lib_fusion.cli import build_parser, main
 from lib_fusion.engine.demo_sheet import COLUMNS, SCENES
 from lib_fusion.requests.settings import EXPERT_PARAMETERS, GENERATION_PARAMETERS, PARAMETERS
@@ -47,6 +48,7 @@ def test_generate_writes_pictures_that_carry_their_settings(tmp_path, capsys):
     assert "Fusion expert 1 prompt: a bus" in text
     assert 'Fusion window: "1000:600"' in text
     assert "Fusion k expert: 2" in text
+    assert text.endswith(f", Fusion version: {__version__}")
 
 
 def test_pictures_are_never_overwritten(tmp_path, capsys):

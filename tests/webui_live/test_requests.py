@@ -152,4 +152,4 @@ def test_defaults_are_not_written(client: Client, names: Names) -> None:
     params = client.draw(expert(names.expert)).params
     mine = {key for key in params if key.startswith("Fusion")}
     assert mine == {"Fusion expert 1 checkpoint", "Fusion expert 1 hash", "Fusion method",
-                    "Fusion U-Net calls", "Fusion seconds"}
+                    "Fusion U-Net calls", "Fusion seconds", "Fusion version"}
