@@ -144,7 +144,7 @@ class Pass:
         self.session.check_finite()
 
     def _predict(
-        self, inputs: torch.Tensor, t: torch.Tensor, models: Sequence[int], rows: Sequence[int]
+        self, inputs: torch.Tensor, t: torch.Tensor, models: Sequence[int], rows: Sequence[int], _box: Any = None
     ) -> torch.Tensor:
         text = take(self.text, rows)
         vector = None if self.vector is None else take(self.vector, rows)

@@ -20,6 +20,7 @@ from lib_fusion.engine.loader import VAE_SCALE, DiffusionModel, add_loras, check
 from lib_fusion.engine.samplers import adds_noise, is_sigma_scaled, make_scheduler, sigmas_of
 from lib_fusion.errors import CheckpointError, SettingError
 from lib_fusion.fusion.aggregator_files import identify_model, load_for
+from lib_fusion.fusion.crops import Box
 from lib_fusion.fusion.hooks import attach_freeu
 from lib_fusion.fusion.lockstep import Lockstep, mean_context
 from lib_fusion.fusion.places import make_places
@@ -101,7 +102,7 @@ class Engine:
         pictures: list[Picture] = []
         skipped: list[dict] = []
         calls = [0] * (1 + len(fusion.experts))
-        rows = list(calls)
+        rows: list[float] = list(calls)
         began = time.perf_counter()
         size = generation.batch_size
         total = generation.steps * ((len(jobs) + size - 1) // size)
@@ -242,14 +243,15 @@ class Engine:
 
     def _predict(
         self, session: FusionSession, conditionings: Sequence[torch.Tensor], inputs: torch.Tensor, t: torch.Tensor,
-        alpha: float, models: Sequence[int], rows: Sequence[int],
+        alpha: float, models: Sequence[int], rows: Sequence[int], box: Box | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """The noise (R,C,H,W) of some rows of the step: one model's, or that of all in lockstep.
+        """The noise (R,C,H,W) of some rows of the step, or of a box of them: one model's, or that of all in lockstep.
 
         ``inputs`` (2B,C,H,W) are the step's scaled latents, ``conditionings`` each model's text states (2B,T,D).
         """
         chosen = list(rows)
         unet, x = self.models[models[0]].unet, inputs[chosen]
+        x = x if box is None else box.cut(x)
         contexts = [conditionings[model][chosen] for model in models]
         lockstep = session.lockstep if len(models) > 1 else None
         with lockstep.running(contexts[1:], mean_context(contexts)) if lockstep else nullcontext():

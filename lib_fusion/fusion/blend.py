@@ -53,7 +53,7 @@ class Blend:
         self.num_models = 1 + len(settings.experts)
         self.shares = Shares(parts={BASE: 1.0})
         self.limits: Mapping[int, float] = {}
-        self._weights = [1.0, *(expert.weight for expert in settings.experts)]
+        self.weights = [1.0, *(expert.weight for expert in settings.experts)]
         self._masks = records.masks if "masks" in keep.kinds else None
         self._held = snb.HeldMask(settings.snb_hold, self._winner)
         self._index: torch.Tensor | None = None
@@ -88,6 +88,17 @@ class Blend:
     def in_lockstep(self, timestep: float) -> bool:
         """Whether the models of ``models_at`` make one prediction together (AFA): the base's, under its hooks."""
         return self.settings.method == "AFA" and self.num_models > 1 and self.settings.in_window(timestep)
+
+    def decides_at(self, timestep: float) -> bool:
+        """Whether this timestep takes part in deciding SNB's mask, which is held afterwards."""
+        is_snb = self.settings.method == "SNB" and self._decides(self._active(timestep))
+        return is_snb and self.settings.snb_hold > 0 and not self._held.is_held(timestep)
+
+    def by_places(self, timestep: float) -> bool:
+        """Whether places alone divide the picture at this timestep, so that each model draws in its own."""
+        active = self._active(timestep)
+        is_fused = self.settings.method == "SNB" and self.settings.in_window(timestep)
+        return is_fused and len(active) > 1 and not self._decides(active)
 
     def fuse(
         self, timestep: float, outputs: Mapping[int, torch.Tensor], owners: Sequence[int],
@@ -128,7 +139,7 @@ class Blend:
             i for i, expert in enumerate(self.settings.experts, start=1)
             if expert.weight > 0 and expert.in_window(timestep) and not self.places.is_empty(i)
         )  # fmt: skip
-        if self.places.maps and self.places.cover([i for i in experts if self._weights[i] == 1]):
+        if self.places.maps and self.places.cover([i for i in experts if self.weights[i] == 1]):
             return tuple(i for i in experts if self.places.rules(i))  # nothing is left to the others
         return (BASE, *experts)
 
@@ -153,7 +164,7 @@ class Blend:
     def _drawing(self, active: tuple[int, ...]) -> tuple[int, ...]:
         """The models with a position in the held mask or a place, and the base where one has less than full weight."""
         models = self._present(active) | {model for model in active if self.places.rules(model)}
-        if any(self._weights[model] < 1 for model in models):
+        if any(self.weights[model] < 1 for model in models):
             models.add(BASE)
         return tuple(sorted(models))
 
@@ -174,7 +185,7 @@ class Blend:
         return index
 
     def _average(self, outputs: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        weights = {model: self._weights[model] for model in outputs}
+        weights = {model: self.weights[model] for model in outputs}
         total = sum(weights.values())
         parts = {model: weight / total for model, weight in weights.items()}
         self.shares = Shares(parts=parts)
@@ -191,12 +202,12 @@ class Blend:
             index = torch.where(its_map > 0.5, model, index)
         if self._masks is not None:
             self._masks.append(MaskRecord(timestep, index.to(torch.uint8)))
-        if not (ruled and self.places.feather >= SHARP) and all(self._weights[model] == 1 for model in outputs):
+        if not (ruled and self.places.feather >= SHARP) and all(self.weights[model] == 1 for model in outputs):
             self.shares = Shares(index=index)
             return snb.select(take(index, owners), outputs)
         left = 1 - sum(ruled.values(), torch.zeros(1, device=index.device))
         parts = {
-            model: self._weights[model] * (ruled[model] if model in ruled else left * (index == model))
+            model: self.weights[model] * (ruled[model] if model in ruled else left * (index == model))
             for model in outputs if model != BASE
         }  # fmt: skip
         parts = {model: part.expand(index.shape) for model, part in parts.items()}

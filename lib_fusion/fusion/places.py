@@ -119,8 +119,8 @@ class Places:
         key = (*size, device)
         if key not in self._resized:
             left, maps = torch.ones(1), {}
-            for model, values in self.maps.items():  # where two overlap, the first has it
-                maps[model] = torch.minimum(self._fit(values, size), left)
+            for model in self.maps:  # where two overlap, the first has it
+                maps[model] = torch.minimum(self._fit(model, size), left)
                 left = left - maps[model]
             self._resized[key] = {model: values.to(device) for model, values in maps.items()}
         return self._resized[key]
@@ -136,11 +136,20 @@ class Places:
         own = maps[model] if model else (1 - sum(maps.values(), torch.zeros(1, device=device))).clamp_min(0)
         return self.strength / (1 - self.strength) * (own + EPSILON).log()
 
-    def _fit(self, values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        hard = (F.interpolate(values.float(), size=tuple(size), mode="area") > 0.5).float()
-        if self.feather < SHARP:
+    @property
+    def reach(self) -> int:
+        """How far soft edges go beyond a place, in latent pixels."""
+        return 0 if self.feather < SHARP else math.ceil(3 * self.feather)
+
+    def hard(self, model: int, size: Sequence[int]) -> torch.Tensor:
+        """A model's own map (1 or B,1,H,W) at a latent's size with sharp edges: zeros and ones."""
+        return (F.interpolate(self.maps[model].float(), size=tuple(size), mode="area") > 0.5).float()
+
+    def _fit(self, model: int, size: Sequence[int]) -> torch.Tensor:
+        hard = self.hard(model, size)
+        if not self.reach:
             return hard
-        reach = min(math.ceil(3 * self.feather), *(side - 1 for side in size))
+        reach = min(self.reach, *(side - 1 for side in size))
         line = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / self.feather) ** 2)
         line = line / line.sum()
         padded = F.pad(hard, (reach,) * 4, mode="replicate")

@@ -5,12 +5,13 @@ Every picture has its own policy for each model, so that it does not depend on i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from lib_fusion.fusion.crops import Box
 from lib_fusion.fusion.level import Level
 from lib_fusion.fusion.readings import Readings
 from lib_fusion.fusion.records import SkipRecord
@@ -62,6 +63,7 @@ class Skips:
         self._is_joint = self._spares_uncond = False
         self._latents: Sequence[torch.Tensor] = ()
         self._watched: Sequence[torch.Tensor] | None = None
+        self._boxes: Mapping[int, Box] = {}
         self._signal = 1.0
 
     def watch(self, latents: Sequence[torch.Tensor]) -> None:
@@ -93,20 +95,28 @@ class Skips:
         if self.timeline is not None:
             self.timeline.append({})
 
+    def crop(self, boxes: Mapping[int, Box]) -> None:
+        """From this step on these models predict their boxes only; a model with another box than before begins anew."""
+        if boxes != self._boxes:
+            changed = {model for model in {*boxes, *self._boxes} if boxes.get(model) != self._boxes.get(model)}
+            self._policies = {key: policy for key, policy in self._policies.items() if key[0] not in changed}
+        self._boxes = boxes
+
     def pass_over(self, models: Sequence[int], pictures: int) -> None:
         """Records a step in which these models ran unasked: the host had left out half of its rows."""
         if self.timeline is not None:
             self.timeline.append({model: [(COMPUTED, None)] * pictures for model in models})
 
-    def needed(self, model: int, level: Level, whole: bool = False) -> list[int]:
+    def needed(self, model: int, level: Level, whole: bool = False, decides: bool = False) -> list[int]:
         """The pictures that the model must be run for in this step; ``whole``: all of them, or none.
 
-        The last step is never forecast.
+        The last step is never forecast, nor is one that ``decides`` a mask which is then held: its edges are hard, so
+        that a forecast's small error there may give a position to another model for good.
         """
         wanted, pictures = [], range(len(self._latents))
+        is_due = (level.is_last or decides) and self.settings.skipping == "Forecast"
         for picture in pictures:
-            may = self._policy(model, picture).may_skip(level.log_sigma, level.stride)
-            if not may or (level.is_last and self.settings.skipping == "Forecast"):
+            if is_due or not self._policy(model, picture).may_skip(level.log_sigma, level.stride):
                 wanted.append(picture)
         if whole and wanted:
             wanted = list(pictures)
@@ -121,14 +131,20 @@ class Skips:
 
     def observe(self, model: int, picture: int, level: Level, noise: torch.Tensor, weights: torch.Tensor) -> None:
         """Takes a computed noise (K,C,H,W); with ``weights`` (K,1,1,1) its rows add up to the guided noise."""
-        policy = self._policy(model, picture)
-        for log_sigma, change in policy.observe(level.log_sigma, noise, weights, self._noisy(picture)):
-            self._corrections.append(Correction(model, picture, log_sigma, change))
+        policy, box = self._policy(model, picture), self._boxes.get(model)
+        part = noise if box is None else box.cut(noise)
+        for log_sigma, change in policy.observe(level.log_sigma, part, weights, self._noisy(picture, box)):
+            whole = change if box is None else box.paste(change, torch.zeros_like(noise))
+            self._corrections.append(Correction(model, picture, log_sigma, whole))
         self._ask(policy)
 
     def forecast(self, model: int, picture: int, level: Level) -> torch.Tensor:
-        """The noise (K,C,H,W) of a picture that the model is not run for."""
-        return self._policy(model, picture).forecast(level.log_sigma, self._noisy(picture))
+        """The noise (K,C,H,W) of a picture that the model is not run for; outside the model's box it is 0."""
+        box = self._boxes.get(model)
+        noise = self._policy(model, picture).forecast(level.log_sigma, self._noisy(picture, box))
+        if box is None:
+            return noise
+        return box.paste(noise, noise.new_zeros((*noise.shape[:-2], *self._latents[picture].shape[-2:])))
 
     def take_corrections(self) -> list[Correction]:
         """What this step has shown about those skipped before it, once."""
@@ -146,9 +162,10 @@ class Skips:
                        for model, paths in self.paths.items()},
         }  # fmt: skip
 
-    def _noisy(self, picture: int) -> torch.Tensor:
-        """A picture's latent (C,H,W) as picture + sigma * noise."""
-        return self._latents[picture] / self._signal
+    def _noisy(self, picture: int, box: Box | None = None) -> torch.Tensor:
+        """A picture's latent (C,H,W), or a box of it, as picture + sigma * noise."""
+        latent = self._latents[picture]
+        return (latent if box is None else box.cut(latent)) / self._signal
 
     def _ask(self, policy: Policy) -> None:
         """Asks for the number that a policy's next decision waits for, if it has a new one."""

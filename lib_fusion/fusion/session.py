@@ -7,7 +7,7 @@ each denoising step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 
 from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.fusion.blend import BASE, Blend
+from lib_fusion.fusion.crops import Box, Crops
 from lib_fusion.fusion.level import Level, Schedule
 from lib_fusion.fusion.lockstep import ELSEWHERE, Lockstep, point_names
 from lib_fusion.fusion.places import Places
@@ -49,7 +50,7 @@ class FusionSession:
     ``places``: where experts draw whose settings say so. ``kinds`` are those of the models' U-Nets
     (``checkpoint.unet_kind``), or one for all. ``keep``: the kinds of ``records`` for previews. ``freeu`` has for each
     model what is attached to its U-Net, one object for models of one kind; it is empty where FreeU is off.
-    ``calls``, ``rows`` and ``skipped_rows`` count U-Net calls and batch rows of each model.
+    ``calls``, ``rows`` and ``skipped_rows`` count U-Net calls and batch rows of each model, cropped ones by their area.
     """
 
     settings: FusionSettings
@@ -59,19 +60,22 @@ class FusionSession:
     guidance_scale: float = 1.0
     records: Records = field(default_factory=Records)
     calls: list[int] = field(init=False)
-    rows: list[int] = field(init=False)
-    skipped_rows: list[int] = field(init=False)
+    rows: list[float] = field(init=False)
+    skipped_rows: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.blend = Blend(self.settings, self.places, self.keep, self.records)
         self.num_models = self.blend.num_models
-        self.calls, self.rows, self.skipped_rows = ([0] * self.num_models for _ in range(3))
+        self.calls = [0] * self.num_models
+        no_rows: list[float] = [0] * self.num_models
+        self.rows, self.skipped_rows = [*no_rows], no_rows
         self.readings = Readings()
         self.skips = self._make_skips()
         self.lockstep: Lockstep | None = None
         self.schedule = Schedule()
         made = {kind: make_freeu(self.settings, kind) for kind in self.kinds}
         kinds = self.kinds if len(self.kinds) > 1 else [*self.kinds] * self.num_models
+        self._crops = Crops(self.places, self.blend.weights, kinds) if self.settings.crops else None
         self.freeu = [acting for kind in kinds if (acting := made[kind]) is not None]
         self._afa_watch: AfaWatch | None = None
         self._guard = Guard()
@@ -151,11 +155,20 @@ class FusionSession:
         if self._afa_watch is not None:
             self._afa_watch.begin(timestep, owners)
 
-    def count(self, model: int, rows: int, skipped: int = 0) -> None:
-        """Counts a U-Net call of ``rows`` batch rows, none where 0, and the rows that were forecast instead."""
+    def boxes_at(self, timestep: float, models: Sequence[int], size: Sequence[int]) -> Mapping[int, Box]:
+        """The boxes on which some of these models are run at this timestep; ``size``: of the latents (H, W)."""
+        if self._crops is None or not self.blend.by_places(timestep):
+            return {}
+        return self._crops.of(models, size)
+
+    def count(self, model: int, rows: int, skipped: int = 0, share: float = 1) -> None:
+        """Counts a U-Net call of ``rows`` batch rows, none where 0, and the rows that were forecast instead.
+
+        ``share``: the part of the picture that the call was made for. A row counts as much, and its rest as skipped.
+        """
         self.calls[model] += rows > 0
-        self.rows[model] += rows
-        self.skipped_rows[model] += skipped
+        self.rows[model] += rows * share
+        self.skipped_rows[model] += skipped + rows * (1 - share)
 
     @contextmanager
     def using_freeu(self, model: int, level: Level) -> Iterator[None]:

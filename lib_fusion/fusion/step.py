@@ -8,17 +8,19 @@ each U-Net call, then ``observe`` and ``fuse`` once it has them all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from lib_fusion.fusion.blend import BASE, Halves, Shares
+from lib_fusion.fusion.crops import Box
 from lib_fusion.fusion.level import Level
 from lib_fusion.fusion.rows import Rows, put, take
 from lib_fusion.fusion.session import FusionSession
 
-#: Runs models on some rows of the step: one model alone, or several in lockstep. Returns their output (R,C,H,W).
-Predict = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
+#: Runs models on some rows of the step: one model alone, or several in lockstep. Returns their output (R,C,H,W); with a
+#: box it is run on that of the latents, and returns so much.
+Predict = Callable[[Sequence[int], Sequence[int], "Box | None"], torch.Tensor]
 
 
 class Step:
@@ -47,6 +49,7 @@ class Step:
         self._outputs: dict[int, list[torch.Tensor]] = {}
         self._needed: dict[int, list[int]] = {}
         self._noises: dict[int, dict[int, torch.Tensor]] = {}
+        self._boxes: Mapping[int, Box] | None = None
         self._owners = rows.owners
         self._signal, self._shift = noise_of(outputs, level)
         if latents is not None and self._skips is not None:
@@ -63,6 +66,10 @@ class Step:
         ``x`` (R,C,H,W) is what the U-Nets are given for these rows. Rows of pictures that a model is not needed for
         are forecast.
         """
+        if self._boxes is None:
+            self._boxes = self.session.boxes_at(self.level.timestep, self.models, x.shape[-2:])
+            if self._skips is not None:
+                self._skips.crop(self._boxes)
         for models in [self.models] if self.is_joint else [(model,) for model in self.models]:
             output = self._run(models, rows, x, predict)
             self._outputs.setdefault(models[0], []).append(output)
@@ -122,13 +129,15 @@ class Step:
         computed = self._computed(models[0], wanted)
         output = None
         if len(computed) == len(rows):
-            output = self._predict(models, rows, predict)
+            output = self._predict(models, rows, x, predict)
         elif computed:
-            part = self._predict(models, computed, predict)
+            part = self._predict(models, computed, take(x, [row - rows.start for row in computed]), predict)
             output = torch.zeros((len(x), *part.shape[1:]), dtype=part.dtype, device=part.device)
             put(output, [row - rows.start for row in computed], part)
+        box = self._boxes.get(models[0]) if self._boxes else None
+        share = 1 if box is None else box.share(x.shape)
         for model in models:
-            self.session.count(model, len(computed), len(wanted) - len(computed))
+            self.session.count(model, len(computed), len(wanted) - len(computed), share)
         if self._skips is not None:
             if output is not None:
                 self._keep(models[0], computed, rows.start, output, x)
@@ -144,23 +153,30 @@ class Step:
         if self._skips is None:
             return rows
         if model not in self._needed:
-            self._needed[model] = needed = self._skips.needed(model, self.level, self._whole)
+            decides = self.session.blend.decides_at(self.level.timestep)
+            self._needed[model] = needed = self._skips.needed(model, self.level, self._whole, decides)
             spared = [i for i in range(self.rows.num_pictures) if i not in needed]
             self._noises[model] = {i: self._skips.forecast(model, i, self.level) for i in spared}
         return [row for row in rows if self._owners[row] in self._needed[model]]
 
-    def _predict(self, models: Sequence[int], rows: Sequence[int], predict: Predict) -> torch.Tensor:
-        """One U-Net call, with FreeU where it acts; its sums go to the guard against NaN."""
-        session = self.session
+    def _predict(self, models: Sequence[int], rows: Sequence[int], x: torch.Tensor, predict: Predict) -> torch.Tensor:
+        """One U-Net call for these rows, whose input is ``x``, with FreeU where it acts; its sums go to the guard
+        against NaN. Outside a model's box its noise is 0."""
+        session, box = self.session, self._boxes.get(models[0]) if self._boxes else None
         if self.is_joint:
             session.begin_call(self.level.timestep, [self._owners[row] for row in rows])
         with session.using_freeu(BASE if self.is_joint else models[0], self.level):
-            output = predict(models, rows)
+            output = predict(models, rows, box)
         if self.is_joint:
             session.watch_lockstep(models)
         else:
             session.watch(models, output.sum(dtype=torch.float32)[None])
-        return output
+        if box is None:
+            return output
+        blank = torch.zeros((*output.shape[:2], *x.shape[-2:]), dtype=output.dtype, device=output.device)
+        if self._shift:
+            blank = (-self._shift / self._signal * x).to(blank)
+        return box.paste(output, blank)
 
     def _keep(self, model: int, computed: Sequence[int], start: int, output: torch.Tensor, x: torch.Tensor) -> None:
         """Keeps computed rows as noise, by picture, until the policies are shown them."""

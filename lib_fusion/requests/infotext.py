@@ -121,6 +121,8 @@ def takes_part(key: str, settings: FusionSettings) -> bool:
         return bool(s.experts) or s.guidance == "always"
     if key in ("k_general", "k_expert", "snb_saliency", "snb_hold", "snb_from"):
         return bool(s.experts) and s.method == "SNB"
+    if key == "place_crop":
+        return s.crops
     if key.startswith("place_"):
         return any(expert.place != "auto" for expert in s.experts)
     if key == "method" or key.startswith("snb_"):

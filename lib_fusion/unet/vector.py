@@ -14,6 +14,8 @@ from lib_fusion.methods.layers import timestep_embedding
 NUMBER_DIM = 256
 #: Width of all six: original size, crop and target size, two numbers each.
 SIZES_DIM = 6 * NUMBER_DIM
+#: How many numbers a kind of U-Net takes; the refiner's are original size, crop, and a score in place of the target.
+NUMBERS = {"sdxl": 6, "sdxl-refiner": 5}
 
 
 def sdxl_vector(pooled: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -25,3 +27,19 @@ def sdxl_vector(pooled: torch.Tensor, height: int, width: int) -> torch.Tensor:
     numbers = torch.tensor([height, width, 0, 0, height, width], device=pooled.device)
     sizes = timestep_embedding(numbers, NUMBER_DIM).flatten().to(pooled.dtype)
     return torch.cat([pooled, sizes.expand(len(pooled), -1)], dim=1)
+
+
+def crop_vector(vector: torch.Tensor, kind: str, corner: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """A vector (B,V) with another crop in it: one whose top left ``corner`` and ``size`` (height, width) in pixels are
+    these, of the picture of the vector's original size. ``kind``: of the U-Net, ``sdxl`` or ``sdxl-refiner``.
+
+    In training pictures were cropped in this way to the sizes of the batches, so that original size, crop and target
+    size say it all.
+    """
+    numbers = torch.tensor([*corner, *size], device=vector.device)
+    known = numbers if kind == "sdxl" else numbers[:2]
+    embedded = timestep_embedding(known, NUMBER_DIM).flatten()
+    start = vector.shape[1] - (NUMBERS[kind] - 2) * NUMBER_DIM
+    result = vector.clone()
+    result[:, start : start + len(embedded)] = embedded.to(vector.dtype)
+    return result

@@ -56,8 +56,8 @@ class Request:
     #: The experts' painted masks.
     painted: masks.Masks = field(default_factory=dict)
     calls: list[int] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    skipped_rows: list[int] = field(default_factory=list)
+    rows: list[float] = field(default_factory=list)
+    skipped_rows: list[float] = field(default_factory=list)
     seconds: float = 0.0
     records: list[Records] = field(default_factory=list)
     #: What stands in the place of the sampler's launch.
@@ -234,9 +234,9 @@ def _tell(p: Any, job: Request, record: dict) -> None:
     names = ["base", *(f"expert {i + 1}" for i in range(len(job.calls) - 1))]
     told = ", ".join(f"{name} {calls}" for name, calls in zip(names, job.calls))
     p.extra_generation_params["Fusion U-Net calls"] = told
-    if job.settings.may_skip:
+    if job.settings.may_skip or job.settings.crops:
         counts = zip(names, job.rows, job.skipped_rows)
-        told = ", ".join(f"{name} {rows} of {rows + skipped}" for name, rows, skipped in counts)
+        told = ", ".join(f"{name} {round(rows, 1):g} of {round(rows + skipped):g}" for name, rows, skipped in counts)
         p.extra_generation_params["Fusion U-Net rows"] = told
     elif job.settings.lowers_guidance and job.settings.guidance_after == 1:  # which spares unconditional rows
         p.extra_generation_params["Fusion U-Net rows"] = ", ".join(map("{} {}".format, names, job.rows))

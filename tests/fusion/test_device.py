@@ -64,7 +64,7 @@ def noises(rows: Rows, count: int, device: str, dtype: torch.dtype) -> list[Mode
 class SlicingModels(Models):
     """As a host takes its rows: without a list on the device."""
 
-    def __call__(self, models: Any, rows: Any) -> torch.Tensor:
+    def __call__(self, models: Any, rows: Any, _box: Any = None) -> torch.Tensor:
         self.calls.append((tuple(models), list(rows)))
         return take(self.outputs[models[0]], list(rows)).clone()
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_fusion.errors import FusionError, SettingError
+from lib_fusion.fusion.crops import Box
 from lib_fusion.fusion.level import Level, Schedule
 from lib_fusion.fusion.places import make_places
 from lib_fusion.fusion.policies import Skips
@@ -52,9 +53,10 @@ class Models:
     def __init__(self, outputs: Noises) -> None:
         self.outputs, self.calls = outputs, []
 
-    def __call__(self, models: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+    def __call__(self, models: Sequence[int], rows: Sequence[int], box: Box | None = None) -> torch.Tensor:
         self.calls.append((tuple(models), list(rows)))
-        return self.outputs[models[0]][list(rows)].clone()
+        output = self.outputs[models[0]][list(rows)].clone()
+        return output if box is None else box.cut(output)
 
 
 def halves(cond: Noises, uncond: Noises) -> Models:
@@ -508,6 +510,28 @@ def test_the_last_step_is_never_forecast(policy: str, needed: list[int]) -> None
     assert skips.needed(0, Level(500, 0.5)) == [0]
     assert skips.needed(0, Level(20, 0.9, 1, is_last=True)) == needed
     assert skips.paths == {0: ["##" if needed else "#."]}
+
+
+@pytest.mark.parametrize(
+    ("values", "path"),
+    [
+        ({"snb_hold": 500}, "#####.#.##"),
+        ({"snb_hold": 0}, "###.#.#.##"),
+        ({"snb_hold": 500, "own": {"place": "columns 1:1 2"}}, "###.#.#.##"),
+        ({"snb_hold": 500, "method": "Average"}, "###.#.#.##"),
+    ],
+)
+def test_nothing_is_forecast_while_a_mask_is_decided_that_is_held(values: dict, path: str) -> None:
+    s = session(skipping="Forecast", skip_tolerance=10, skip_warmup=3, **values)
+    models = halves(*predictions(2))
+    for i in range(10):
+        timestep = 950 - 100 * i
+        level = Level(timestep, 1 - timestep / 1000, i, is_last=i == 9)
+        step = Step(s, level, Rows.plain(2), list(torch.zeros(2, 4, *SIZE)))
+        step.run(range(4), torch.zeros(4, 4, *SIZE), models)
+        step.observe()
+        step.fuse()
+    assert s.skips.paths == {model: [path] * 2 for model in (0, 1)}
 
 
 def test_of_models_in_lockstep_each_has_the_common_record() -> None:

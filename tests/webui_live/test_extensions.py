@@ -239,6 +239,12 @@ def test_controlnets_reference_acts_on_the_bases_blocks(crowd: Crowd) -> None:
     assert 0 < distance(mixed, plain) < distance(crowd.case(case), plain)
 
 
+def test_controlnet_refuses_crops(crowd: Crowd) -> None:
+    cropped = expert(OTHER, place="columns 1:1 2", place_crop=True)
+    with pytest.raises(RefusedError, match="place_crop: True is not allowed; allowed without ControlNet"):
+        crowd.case("ControlNet", cropped)
+
+
 def test_skipping_after_controlnet_is_as_before(crowd: Crowd) -> None:
     crowd.need(control())
     crowd.draw(model=OTHER)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lib_fusion.fusion.crops import Box
 from lib_fusion.fusion.rows import take
+from lib_fusion.unet.vector import NUMBERS, crop_vector
 
 if TYPE_CHECKING:
     from lib_fusion.webui.a1111.conditioning import Conditioning
@@ -127,6 +129,23 @@ def take_rows(cond: dict[str, Any], chosen: list[int]) -> dict[str, Any]:
         key: [take(part, chosen) for part in value] if isinstance(value, list) else take(value, chosen)
         for key, value in cond.items()
     }
+
+
+def crop_cond(cond: dict[str, Any], box: Box, size: Sequence[int]) -> dict[str, Any]:
+    """The host's conditioning of one call, for a box of latents of this size (H, W): an inpainting model's pictures."""
+
+    def cut(value: Any) -> Any:
+        return box.cut(value) if torch.is_tensor(value) and value.ndim == 4 and value.shape[-2:] == size else value
+
+    return {key: [cut(part) for part in value] if isinstance(value, list) else cut(value)
+            for key, value in cond.items()}  # fmt: skip
+
+
+def locate(cond: dict[str, Any], kind: str, box: Box, corner: tuple[int, int]) -> dict[str, Any]:
+    """SDXL's conditioning of one call with a box in its vector; ``corner``: the top left of the picture (pixels)."""
+    if kind not in NUMBERS or "vector" not in cond:
+        return cond
+    return {**cond, "vector": crop_vector(cond["vector"], kind, *box.in_pixels(corner))}
 
 
 def tokens_of(cond: dict[str, Any]) -> torch.Tensor:

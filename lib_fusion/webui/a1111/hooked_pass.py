@@ -16,7 +16,7 @@ from modules import devices, sd_samplers_cfg_denoiser, shared
 from modules.sd_hijack import model_hijack
 from torch import nn
 
-from lib_fusion.errors import FusionError
+from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.fusion.hooks import Hooks, attach_freeu
 from lib_fusion.fusion.places import Places
 from lib_fusion.fusion.rows import Rows
@@ -26,13 +26,13 @@ from lib_fusion.unet.layout import read_layout
 from lib_fusion.webui.a1111.contexts import Context
 from lib_fusion.webui.a1111.decoding import RoomForVae
 from lib_fusion.webui.a1111.experts import Expert, kind_of_model
-from lib_fusion.webui.a1111.host_step import Call, HostStep
+from lib_fusion.webui.a1111.host_step import Call, HostStep, has_other_forward
 from lib_fusion.webui.a1111.joining import make_lockstep
 from lib_fusion.webui.a1111.levels import alpha_of, limits_of, sigmas_of
 from lib_fusion.webui.a1111.placement import bring, chosen_place, put_back, settle, stream, waits_in_ram
 from lib_fusion.webui.models.aggregators import AggregatorCache
 from lib_fusion.webui.sampling.correcting import correcting_callback
-from lib_fusion.webui.sampling.launch import wanted_records
+from lib_fusion.webui.sampling.launch import NO_CONTROL, NO_TILING, wanted_records
 from lib_fusion.webui.sampling.levels import levels_of
 
 #: Base model -> the experts of a pass with it, and the context of each (None: it gets the base's conditioning).
@@ -56,6 +56,7 @@ class FusionPass:
         self.session = FusionSession(settings, places or Places(), wanted_records(settings), kinds, guidance_scale)
         if settings.skip_passes == ("first" if is_hires else "hires"):
             self.session.skips = None
+        self._is_hires = is_hires
         self.refined = False
         self.original: Callable[..., torch.Tensor] = sd_model.apply_model
         self._failure: Exception | None = None
@@ -77,6 +78,8 @@ class FusionPass:
 
     def attach(self) -> None:
         """Wraps the model and puts all hooks on; raises SettingError where they do not fit."""
+        if self.session.settings.crops:
+            check_crops(self.sd_model.model.diffusion_model, self._is_hires)
         self._previous = self.sd_model.__dict__.get("apply_model")
         self.original = self.sd_model.apply_model
         self._wrapper = self.sd_model.apply_model = self.apply_model
@@ -204,6 +207,21 @@ class FusionPass:
 def combines_as_ever(denoiser: Any) -> bool:
     """Whether the halves are added up by the host's own rule, and not by another extension's (Dynamic Thresholding)."""
     return denoiser.combine_denoised.__module__ == sd_samplers_cfg_denoiser.__name__
+
+
+def check_crops(unet: nn.Module, is_hires: bool) -> None:
+    """Refuses crops where something counts on whole pictures; raises SettingError."""
+    hypertile = [name for name in ("hypertile_enable_unet", "hypertile_enable_unet_secondpass")[: 1 + is_hires]
+                 if getattr(shared.opts, name, False)]  # fmt: skip
+    if model_hijack.circular_enabled:
+        problem = NO_TILING
+    elif hypertile:
+        problem = "allowed without Hypertile, whose tiles are those of the whole picture; switch it off in the settings"
+    elif has_other_forward(unet):
+        problem = NO_CONTROL
+    else:
+        return
+    raise SettingError("place_crop", True, problem)
 
 
 def set_tiling(unet: nn.Module, tiling: bool) -> None:

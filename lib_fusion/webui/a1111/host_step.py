@@ -14,12 +14,15 @@ from torch import nn
 
 from lib_fusion.errors import FusionError
 from lib_fusion.fusion.blend import BASE
+from lib_fusion.fusion.crops import Box
 from lib_fusion.fusion.lockstep import Lockstep, mean_context
 from lib_fusion.fusion.rows import take
 from lib_fusion.fusion.step import Step
 from lib_fusion.webui.a1111.contexts import (
     change_prediction,
+    crop_cond,
     keep_marker,
+    locate,
     pad_alike,
     put_context,
     strip_marker,
@@ -47,6 +50,10 @@ class Call:
     def take(self, rows: list[int]) -> Call:
         """The call for some of its rows only."""
         return replace(self, x=take(self.x, rows), t=take(self.t, rows), cond=take_rows(self.cond, rows))
+
+    def crop(self, box: Box) -> Call:
+        """The call for a box of its latents."""
+        return replace(self, x=box.cut(self.x), cond=crop_cond(self.cond, box, self.x.shape[-2:]))
 
     def by(self, function: Any, cond: dict[str, Any] | None = None) -> torch.Tensor:
         """The result of a function with these arguments, or with another conditioning."""
@@ -128,13 +135,19 @@ class HostStep:
     def _leaves_out_uncond(self, sigma: float) -> bool:
         return leaves_out_uncond(self.denoiser, sigma, self.fusion.sampler.sampler_extra_args["s_min_uncond"])
 
-    def _predict(self, call: Call, start: int, models: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
+    def _predict(
+        self, call: Call, start: int, models: Sequence[int], rows: Sequence[int], box: Box | None = None
+    ) -> torch.Tensor:
         """Raw output of one model, or of all in lockstep, for some rows of the step, which are in ``call``."""
         if len(rows) < len(call.x):
             call = call.take([row - start for row in rows])
         if len(models) > 1:
             return self._run_together(call, models, rows)
-        return call.by(self.fusion.original) if models[0] == BASE else self._run_expert(call, models[0], rows)
+        if box is not None:
+            call = call.crop(box)
+        if models[0] == BASE:
+            return call.by(self.fusion.original, self._located(call.cond, BASE, box))
+        return self._run_expert(call, models[0], rows, box)
 
     def _run_together(self, call: Call, models: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
         """AFA: one call of the base, in whose blocks the experts take part."""
@@ -145,10 +158,10 @@ class HostStep:
         with together(fusion.session.lockstep, conds, empties):
             return call.by(fusion.original)
 
-    def _run_expert(self, call: Call, model: int, rows: Sequence[int]) -> torch.Tensor:
+    def _run_expert(self, call: Call, model: int, rows: Sequence[int], box: Box | None) -> torch.Tensor:
         """An expert's raw output, as a model that predicts what the base predicts would have put it."""
         fusion, expert = self.fusion, self.fusion.experts[model - 1]
-        cond = self._cond_of(model, call.cond, rows)
+        cond = self._located(self._cond_of(model, call.cond, rows), model, box)
         if expert.unet is None:  # the host's own forward, with whatever ControlNet has put there
             with expert.wearing():
                 # a marker can be there only under a forward of ControlNet's; looking for one waits for the device
@@ -167,6 +180,14 @@ class HostStep:
         denoiser = self.denoiser
         padded = denoiser.padded_cond_uncond or denoiser.padded_cond_uncond_v0
         return put_context(cond, context.slice(denoiser.step, rows, padded, shared.opts.pad_cond_uncond_v0))
+
+    def _located(self, cond: dict[str, Any], model: int, box: Box | None) -> dict[str, Any]:
+        """A model's conditioning of a call for a box of the picture."""
+        if box is None:
+            return cond
+        fusion = self.fusion
+        kind = (fusion.model if model == BASE else fusion.experts[model - 1].model).kind
+        return locate(cond, kind, box, (shared.opts.sdxl_crop_top, shared.opts.sdxl_crop_left))
 
     def _unmarked(self, cond: dict[str, Any]) -> dict[str, Any]:
         """The host's conditioning without a marker of ControlNet's, which is there only under a forward of its own."""

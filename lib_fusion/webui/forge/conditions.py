@@ -11,7 +11,9 @@ import torch
 from backend.sampling.condition import Condition, ConditionCrossAttn, compile_conditions, compile_weighted_conditions
 from modules import prompt_parser
 
+from lib_fusion.fusion.crops import Box
 from lib_fusion.fusion.rows import take
+from lib_fusion.unet.vector import NUMBERS, crop_vector
 
 #: The mark's name among the arguments of a U-Net call.
 PART = "fusion_part"
@@ -80,6 +82,19 @@ class Parts:
                 own.setdefault(key, value)
             for key, value in its["model_conds"].items():
                 own["model_conds"].setdefault(key, value)
+        return result
+
+    def within(self, box: Box, kind: str, corner: tuple[int, int]) -> Parts:
+        """The same for a box of the latents, by the backend's own areas; SDXL's vector says which part it is.
+
+        ``kind``: of the U-Net. ``corner``: the top left (pixels) that the picture is said to have.
+        """
+        result = self.copy()
+        for item in result:
+            item["area"] = (box.height, box.width, box.top, box.left)
+            if kind in NUMBERS and "y" in item["model_conds"]:
+                vector = item["model_conds"]["y"].cond
+                item["model_conds"]["y"] = Condition(crop_vector(vector, kind, *box.in_pixels(corner)))
         return result
 
     def without_control(self) -> Parts:

@@ -26,7 +26,7 @@ from lib_fusion.webui.forge.engines import Expert, guidance_of, kind_of
 from lib_fusion.webui.forge.host_step import HostStep
 from lib_fusion.webui.forge.texts import Conditioning
 from lib_fusion.webui.sampling.correcting import correcting_callback
-from lib_fusion.webui.sampling.launch import wanted_records
+from lib_fusion.webui.sampling.launch import NO_TILING, wanted_records
 from lib_fusion.webui.sampling.levels import levels_of
 
 #: The host's names for functions that it calls before a step, one after the other, and just before its model.
@@ -49,8 +49,8 @@ class FusionPass:
         self.denoiser = p.sampler.model_wrap_cfg
         base = p.sd_model.forge_objects.unet.model
         self.models = [base, *(expert.patcher.model for expert in experts)]
-        kinds = [kind_of(p.sd_model).kind, *(expert.model.kind for expert in experts)]
-        self.session = FusionSession(settings, places, wanted_records(settings), kinds, guidance_of(p))
+        self.kinds = [kind_of(p.sd_model).kind, *(expert.model.kind for expert in experts)]
+        self.session = FusionSession(settings, places, wanted_records(settings), self.kinds, guidance_of(p))
         if settings.skip_passes == ("first" if getattr(p, "is_hr_pass", False) else "hires"):
             self.session.skips = None
         self.session.blend.limits = self._limits()
@@ -74,6 +74,8 @@ class FusionPass:
         own = [expert.patcher for expert in self.experts if not expert.is_base]
         if any(all(patcher is not one for one in unet.extra_model_patchers_during_sampling) for patcher in own):
             raise FusionError("another extension has replaced the U-Net after Denoiser Fusion; switch it or this off")
+        if self.session.settings.crops and getattr(self.sd_model, "tiling_enabled", False):
+            raise SettingError("place_crop", True, NO_TILING)
         kept = unet.model_options
         unet.model_options = {**kept, MODIFIERS: [*kept.get(MODIFIERS, []), self.announce],
                               PRE_CFG: [*kept.get(PRE_CFG, []), self.begin_step]}  # fmt: skip

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from backend.sampling.sampling_function import calc_cond_uncond_batch
+from modules import shared
 
-from lib_fusion.errors import FusionError
+from lib_fusion.errors import FusionError, SettingError
 from lib_fusion.fusion.blend import BASE
+from lib_fusion.fusion.crops import Box
 from lib_fusion.fusion.lockstep import mean_context
 from lib_fusion.fusion.rows import put, take
 from lib_fusion.fusion.step import Step
 from lib_fusion.webui.forge.conditions import PART, Parts, Texts, alike
+from lib_fusion.webui.sampling.launch import NO_CONTROL
 
 if TYPE_CHECKING:
     from lib_fusion.webui.forge.fusion_pass import FusionPass
@@ -99,12 +102,15 @@ class HostStep:
         patched = any(value for value in options if not torch.is_tensor(value))  # Forge Neo's noise levels are one
         return patched or WRAPPER in self.options or any("control" in item for item in self.base)
 
-    def _predict(self, models: Sequence[int], rows: Sequence[int]) -> torch.Tensor:
-        """Denoised latents (R,C,H,W) of one model, or of all in lockstep, for some rows."""
+    def _predict(self, models: Sequence[int], rows: Sequence[int], box: Box | None = None) -> torch.Tensor:
+        """Denoised latents (R,C,H,W) of one model, or of all in lockstep, for some rows, or of a box of them."""
         pictures = sorted({self.rows.owners[row] for row in rows})
         has_uncond = rows[-1] >= self.rows.num_cond
         parts = self._conds_of(models).take(pictures, len(self.x), has_uncond)
-        result = torch.empty((self.rows.num_all, *self.x.shape[1:]), dtype=self.x.dtype, device=self.x.device)
+        shape = (self.x if box is None else box.cut(self.x)).shape[1:]
+        result = torch.empty((self.rows.num_all, *shape), dtype=self.x.dtype, device=self.x.device)
+        if box is not None:
+            parts = self._within(parts, models[0], box)
 
         def call(apply: Callable[..., torch.Tensor], given: dict[str, Any]) -> torch.Tensor:
             inner = {**given, "c": dict(given["c"])}
@@ -120,6 +126,16 @@ class HostStep:
         calc_cond_uncond_batch(model, parts.cond, parts.uncond, take(self.x, pictures), take(self.sigma, pictures),
                                {**self.options, WRAPPER: call})  # fmt: skip
         return take(result, rows)
+
+    def _within(self, parts: Parts, model: int, box: Box) -> Parts:
+        """A model's conditions for a box; raises SettingError where others count on the whole picture."""
+        if any("control" in item for item in self.base):
+            raise SettingError("place_crop", True, NO_CONTROL)
+        if any(key in item for item in self.base for key in ("area", "mask")):
+            problem = "allowed without prompts by region, which are for the whole picture; switch one of them off"
+            raise SettingError("place_crop", True, problem)
+        corner = (shared.opts.sdxl_crop_top, shared.opts.sdxl_crop_left)
+        return parts.within(box, self.fusion.kinds[model], corner)
 
     def _call_base(self, apply: Callable[..., torch.Tensor], given: dict[str, Any]) -> torch.Tensor:
         """One call of a model, within the wrapper that another extension has put around it."""

@@ -79,6 +79,7 @@ SHOWN_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     **{f"expert{i + 1}_place": ("method", ("SNB",)) for i in range(MAX_EXPERTS)},
     "place_strength": ("places", ("used",)),
     "place_feather": ("places", ("used",)),
+    "place_crop": ("places", ("used",)),
     "guidance_until": ("guidance", ("with experts", "always")),
     "guidance_after": ("guidance", ("with experts", "always")),
     "afa_force": ("afa_maps", ("trained",)),
@@ -191,7 +192,7 @@ def build_experts(
                               elem_classes=shown_with("method", "SNB", "Average")):  # fmt: skip
                 canvases.append(build_place(name, place, controls, elem_id))
     with gr.Row():
-        place("place_strength", "place_feather")
+        place("place_strength", "place_feather", "place_crop")
     return canvases
 
 

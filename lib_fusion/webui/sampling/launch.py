@@ -14,6 +14,9 @@ from lib_fusion.requests.settings import MAP_PARAMETERS, PREVIEWS, FusionSetting
 from lib_fusion.webui.options import read_option
 from lib_fusion.webui.refusal import RequestRefusedError
 
+#: Why models are not run on their places only.
+NO_CONTROL = "allowed without ControlNet, whose hints are for the whole picture; switch one of them off"
+NO_TILING = "allowed without Tiling, since a part of the picture has no opposite edges; switch one of them off"
 OUT_OF_MEMORY = "Denoiser Fusion: the models do not fit into memory together, so the experts have been unloaded"
 
 
