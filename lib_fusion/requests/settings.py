@@ -125,7 +125,9 @@ class ExpertSettings:
         "own", "text encoder",
         "Whose text encoder reads the expert's prompts: its own, or the base's as in MagicFusion's code.",
         choices=("own", "base"))
-    loras: bool = row(False, "LoRAs", "Whether the LoRAs of the picture's prompt also act on this expert.", where=PANEL)
+    loras: bool = row(
+        False, "takes the picture's LoRAs", "Whether the LoRAs of the picture's prompt also act on this expert.",
+        where=PANEL, name="LoRAs")
     weight: float = row(
         1.0, "strength",
         "How strongly the expert draws where it draws. More: more of it; 1 is the expert alone, 0 the base alone.",

@@ -17,7 +17,7 @@ def options(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_page_s_language_is_read(options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From all files of that name, ours and others' (a list in A1111, one path in some forks); broken ones give none."""
+    """From all files of that name, ours and others'; in some forks that is one path. Broken ones give none."""
     from lib_fusion.webui.words import translate
 
     ours, broken = tmp_path / "xx.json", tmp_path / "broken.json"

@@ -19,9 +19,13 @@ PANEL = "#script_{tab}_denoiser_fusion"
 SHOWN = "new Set([...document.querySelectorAll('#txt2img_gallery img')].map(image => image.src)).size"
 
 
+def find_chromium() -> str | None:
+    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    chromium = find_chromium()
     if chromium is None:
         pytest.skip("no chromium on this machine; install it, or set CHROMIUM to its path")
     api = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")

@@ -64,8 +64,7 @@ LORAS_HINT = ("Two experts have LoRAs and the picture's prompt has none. With th
               "and blurs what they draw.")  # fmt: skip
 #: The previews, for people.
 PREVIEW_WORDS = {
-    "masks": "which model drew what", "skips": "which steps were skipped", "weights": "AFA's weights",
-    "maps": "AFA's attention maps",
+    "masks": "who drew what", "skips": "skipped steps", "weights": "AFA weights", "maps": "AFA maps",
 }  # fmt: skip
 PREVIEWS_TOLD = ("Pictures about the picture. Who drew what is SNB's, weights and maps are AFA's. Settings > Denoiser "
                  "Fusion says what is ticked when the page opens.")  # fmt: skip
@@ -188,7 +187,7 @@ def build_experts(
                 place(f"{name}_prompt", f"{name}_negative_prompt")
             with gr.Row(elem_classes=["denoiser-fusion-row"]):
                 place(f"{name}_text_encoder", f"{name}_loras")
-            with gr.Accordion("Place and window", open=False, elem_id=elem_id(f"{name}_where"),
+            with gr.Accordion("Place and timesteps", open=False, elem_id=elem_id(f"{name}_where"),
                               elem_classes=shown_with("method", "SNB", "Average")):  # fmt: skip
                 canvases.append(build_place(name, place, controls, elem_id))
     with gr.Row():
@@ -306,6 +305,8 @@ def describe_freeu(name: str, version: str) -> str:
     if name == "Auto":
         names = ", ".join(dict.fromkeys(FREEU_AUTO.values()))
         return translate(f"The published factors for the kind of the loaded model: {names}.")
+    if name == "Custom":
+        return translate("Factors of your own; at 1 a factor changes nothing.")
     if name not in FREEU_PUBLISHED:
         return ""
     factors = zip(FREEU_PUBLISHED_ROWS, FREEU_PUBLISHED[name][version])
@@ -316,7 +317,7 @@ def build_skipping(place: Callable[..., None], controls: dict[str, list[Any]], e
     """Which policy, three amounts of it in words, and the controls that they set."""
     with gr.Row():
         place("skipping", "skip_passes")
-    with gr.Row(elem_classes=["denoiser-fusion-row"]):
+    with gr.Row(elem_classes=["denoiser-fusion-buttons"]):
         buttons = {
             name: gr.Button(name, size="sm", elem_id=elem_id(f"skip_{name.lower()}"), tooltip=SKIP_WORDS[name],
                             elem_classes=["denoiser-fusion-amount", f"denoiser-fusion-amount:{amount_of(name)}"])
@@ -343,7 +344,7 @@ def build_previews(elem_id: Callable[[str], str]) -> Any:
     chosen = [kind for kind in PREVIEW_WORDS if options.read_option(f"preview_{kind}")]
     previews = gr.CheckboxGroup(
         label="Show after each picture", choices=[(words, kind) for kind, words in PREVIEW_WORDS.items()],
-        value=chosen, elem_id=elem_id("previews"), tooltip=PREVIEWS_TOLD,
+        value=chosen, elem_id=elem_id("previews"), elem_classes=["denoiser-fusion-previews"], tooltip=PREVIEWS_TOLD,
     )  # fmt: skip
     previews.do_not_save_to_config = True
     return previews
@@ -352,7 +353,7 @@ def build_previews(elem_id: Callable[[str], str]) -> Any:
 def build_presets(inputs: list[Any], elem_id: Callable[[str], str]) -> None:
     """Apply, save, delete and refresh; errors appear in a line under the list."""
     store = options.all_presets()
-    with gr.Row(elem_classes=["denoiser-fusion-row"]):
+    with gr.Row(elem_classes=["denoiser-fusion-row", "denoiser-fusion-presets"]):
         chosen = ui_components.DropdownEditable(
             label="Fusion preset", choices=list_presets(store), value="", elem_id=elem_id("preset"),
             tooltip="Settings kept under a name. To save your own, type a new name and press save.",
@@ -543,4 +544,7 @@ def add_options() -> None:
         settle = call_queue.wrap_queued_call(runtime.settle) if key == "place" else None
         option = shared.OptionInfo(row.default, row.label, *component, section=("denoiser_fusion", "Denoiser Fusion"),
                                    onchange=settle)  # fmt: skip
-        shared.opts.add_option(options.PREFIX + key, option.info(row.help))
+        option.info(row.help)
+        if key.startswith("preview_") and row.kind == "bool":  # where the panel begins
+            option.needs_reload_ui()
+        shared.opts.add_option(options.PREFIX + key, option)
