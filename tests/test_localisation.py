@@ -141,6 +141,6 @@ def test_a_refusal_in_another_language() -> None:
     translate = Translation(json.loads((ROOT / "localizations/zh_CN.json").read_text("utf-8")))
     error = SettingError("snb_hold", "a; b: c", "allowed: a number at least 0 and at most 1000")
     told = translate(in_panels_words(error))
-    assert told == "去噪融合，到此时间步为止确定掩码：不允许 'a; b: c'；允许：0 到 1000 之间的数"  # noqa: RUF001
+    assert told == "去噪融合，掩码确定到时间步：不允许 'a; b: c'；允许：0 到 1000 之间的数"  # noqa: RUF001
     assert translate("nothing that a file has: 5; (x)") == "nothing that a file has: 5; (x)"
     assert Translation({})("Saved: x") == "Saved: x"

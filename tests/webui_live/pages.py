@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.webui_live.host import Host
 
@@ -71,6 +74,12 @@ def open_page(browser: Any, host: Host, theme: str) -> Any:
     page.goto(f"{host.url}/?__theme={theme}")
     page.wait_for_selector("#txt2img_generate")
     return page
+
+
+def save_small(page: Any, path: Path) -> None:
+    """A screenshot in few colours, which is a third of the bytes."""
+    taken = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    taken.quantize(160, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def set_number(page: Any, element: str, value: int) -> None:

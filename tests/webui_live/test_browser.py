@@ -30,6 +30,7 @@ from tests.webui_live.pages import (
     open_tab,
     prepare,
     press_radio,
+    save_small,
     set_number,
     wait_for_answers,
     wait_for_text,
@@ -341,9 +342,9 @@ def test_by_keyboard(page: Any, client: Client, names: Names) -> None:
     open_tab(page, "Blend")
     press_radio(page, f"{panel}_method", "Average")
     page.locator(f"{panel}_snb_hold").wait_for(state="hidden")
-    page.locator(f"{panel}_snb_window_end input[type=range]").focus()
-    page.keyboard.press("Tab")  # over saliency, hold and both k
-    assert page.evaluate("document.activeElement.closest('[id$=denoiser_fusion_preset]') !== null")
+    page.locator(f"{panel}_snb_outside input:checked").focus()
+    page.keyboard.press("Tab")  # over all of the mask's
+    assert page.evaluate("document.activeElement.closest('[id$=denoiser_fusion_previews]') !== null")
 
 
 def test_the_amount_of_skipping_that_is_on_is_marked(page: Any, client: Client) -> None:
@@ -417,7 +418,7 @@ def shoot(page: Any, host: Host, name: str) -> None:
     page.locator(f"{PANEL.format(tab='txt2img')}_enable").scroll_into_view_if_needed()
     folder = Path(__file__).parents[2] / "docs" if os.environ.get("SCREENSHOTS") else host.data
     folder.mkdir(exist_ok=True)
-    page.screenshot(path=folder / f"webui-{name}.png")
+    save_small(page, folder / f"webui-{name}.png")
 
 
 def test_in_chinese(browser: Any, client: Client, host: Host, names: Names) -> None:
