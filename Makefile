@@ -21,7 +21,7 @@ demo: $(VENV)/.engine
 	$(BIN)/python -m lib_fusion demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 webui: $(VENV)/.dev
 	$(BIN)/python -m tests.webui_live.serve

@@ -21,14 +21,14 @@ import numpy as np
 from benchmarks.deepcache import cached_share, deep_cache, make_diffusers_engine
 from benchmarks.measures import FeatureDistance, psnr, ssim
 from benchmarks.peers import PEERS, Course, list_peers
-from benchmarks.skip_report import compare_with_ours, plot, write_markdown, write_table
+from benchmarks.skip_report import OURS, compare_with_ours, plot, write_markdown, write_table
 from lib_fusion.engine.demo_sheet import FOLDER
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import quiet_libraries
 from lib_fusion.files import write_whole
 from lib_fusion.fusion.policies import Skips
 from lib_fusion.fusion.session import FusionSession
-from lib_fusion.requests.settings import SKIP_PRESETS, ExpertSettings, FusionSettings, GenerationSettings
+from lib_fusion.requests.settings import ExpertSettings, FusionSettings, GenerationSettings
 
 SAMPLERS = ("DDIM", "Euler Karras", "DPM++ 2M Karras", "Euler", "DPM++ 2M")
 NOISY = ("Euler a", "DPM++ 2M SDE Karras")
@@ -36,14 +36,14 @@ STEPS = (50, 30, 20)
 GUIDANCE = (7.0, 4.0)
 #: Lengths at which fewer steps are measured, for all of STEPS; between them PSNR is interpolated.
 LENGTHS = (11, 13, 16, 20, 25, 30, 38)
-#: Policies by name. The presets and the paper's are measured in every cell, the others at the first guidance scale.
+#: Policies by name. Those of OURS and the paper's are measured in every cell, the others at the first guidance scale.
 POLICIES: dict[str, dict[str, Any]] = {
-    **{name: {"skipping": "Forecast", **values} for name, values in SKIP_PRESETS.items()},
+    **{name: {"skipping": "Forecast", **values} for name, values in OURS.items()},
     "paper 0.01": {"skipping": "Paper"},
     "Faithful, uncorrected": {"skipping": "Forecast", "skip_correct": False},
     "paper 0.03": {"skipping": "Paper", "skip_threshold": 0.03},
 }
-EVERYWHERE = len(SKIP_PRESETS) + 1
+EVERYWHERE = len(OURS) + 1
 #: Peers that are measured with samplers that add noise.
 NOISY_PEERS = ("ZEUS, 1 of 3 computed", "SADA, no Lagrange")
 INTERVALS = (2, 3)
@@ -186,11 +186,11 @@ def list_captions(count: int) -> list[str]:
 def list_jobs(quick: bool) -> Iterator[Job]:
     """All runs of the benchmark, the ones that matter most first."""
     guidance, samplers, steps = (GUIDANCE[:1], SAMPLERS[:1], (50, 20)) if quick else (GUIDANCE, SAMPLERS, STEPS)
-    presets, others = list(POLICIES.items())[:EVERYWHERE], list(POLICIES.items())[EVERYWHERE:]
+    everywhere, others = list(POLICIES.items())[:EVERYWHERE], list(POLICIES.items())[EVERYWHERE:]
     cells = [(s, n, w) for w in guidance for n in steps for s in samplers]
     for s, n, w in cells if quick else [(s, n, w) for w in guidance for n in steps for s in (*SAMPLERS, *NOISY)]:
         yield Job("unskipped", s, n, w)
-        for name, values in presets:
+        for name, values in everywhere:
             yield Job(name, s, n, w, values)
         for name in list_peers(n):
             if s in SAMPLERS or name in NOISY_PEERS:

@@ -25,6 +25,11 @@ GROUPS = {
     "ZEUS": ("#8a63b3", "ZEUS"),
     "": ("#f2a93b", "Forecast"),
 }
+#: Forecasts: the presets, and tolerances between and beyond them, so that others are compared at equal rows.
+OURS: dict[str, dict[str, float]] = SKIP_PRESETS | {
+    "0.1, 2 in a row": {"skip_tolerance": 0.1, "skip_max": 2},
+    "0.4, 3 in a row": {"skip_tolerance": 0.4, "skip_max": 3},
+}
 #: The columns of the Markdown table.
 COLUMNS = (*SKIP_PRESETS, "ZEUS, 1 of 3 computed", "ZEUS, 1 of 2 computed", "ZEUS", "SADA, no Lagrange", "SADA",
            "paper 0.01", "DeepCache 2")  # fmt: skip
@@ -39,21 +44,21 @@ def group_of(line: Line) -> str:
 
 
 def compare_with_ours(lines: Sequence[Line]) -> None:
-    """Adds to the lines of others what our presets have at as many rows, or at fewer where they need no more.
+    """Adds to the lines of others what our forecasts have at as many rows, or at fewer where they need no more.
 
     ``ours_over``: dB of the mean above it; ``ours_over_worst``: of the worst picture; ``ours_distance``: the feature
-    distance as a share of it. Empty where all presets compute more rows. Between presets it is interpolated.
+    distance as a share of it. Empty where all forecasts compute more rows. Between them it is interpolated.
     """
     cells: dict[tuple, list[Line]] = {}
     for line in lines:
         cells.setdefault(cell_of(line), []).append(line)
     for line in lines:
-        presets = sorted((x for x in cells[cell_of(line)] if x["method"] in SKIP_PRESETS), key=lambda x: x["rows"])
+        ours = sorted((x for x in cells[cell_of(line)] if x["method"] in OURS), key=lambda x: x["rows"])
         for key, against, combine in COMPARED:
-            values = [x[against] for x in presets]
-            can = group_of(line) and presets and presets[0]["rows"] <= line["rows"]
-            ours = float(np.interp(line["rows"], [x["rows"] for x in presets], values)) if can else None
-            line[key] = "" if ours is None else round(combine(ours, line[against]), 2)
+            values = [x[against] for x in ours]
+            can = group_of(line) and ours and ours[0]["rows"] <= line["rows"]
+            at = float(np.interp(line["rows"], [x["rows"] for x in ours], values)) if can else None
+            line[key] = "" if at is None else round(combine(at, line[against]), 2)
 
 
 #: Of ``compare_with_ours``: the column that it adds, the one that it compares, and how.
@@ -111,7 +116,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
                 points = sorted(
                     (x["rows"], x["psnr_mean"]) for x in lines
                     if (x["sampler"], x["steps"], x["guidance"]) == (sampler, n, guidance) and group_of(x) == group
-                    and (group or x["method"] in SKIP_PRESETS)
+                    and (group or x["method"] in OURS)
                 )  # fmt: skip
                 if points:
                     style = "o-" if group in ("fewer", "") else "o"

@@ -16,10 +16,19 @@ from tests import fake_cuda
 hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
 
+#: Tests of these folders take minutes a file.
+LONG = ("webui_forge", "webui_device", "webui_live")
+
+
 def pytest_configure() -> None:
     # Small tensors gain nothing from more threads, which wait for each other for minutes where the cores are busy.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so in the processes that tests start
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that several processes end together."""
+    items.sort(key=lambda item: LONG.index(folder) if (folder := item.path.parent.name) in LONG else len(LONG))
 
 
 @pytest.fixture
