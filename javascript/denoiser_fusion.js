@@ -16,7 +16,7 @@ denoiserFusion.noteEdit = function(line) {
 };
 
 (function() {
-    // The controls on whose choices others depend, by the classes that panel.py gives these.
+    // The controls on whose choices others depend, by the classes that panel/controls.py gives these.
     const CHOOSERS = ['method', 'afa_maps', 'freeu', 'skipping', 'guidance'];
     const EXPERTS = [1, 2, 3];
     const SAME_AS_BASE = 'same as base';

@@ -27,7 +27,7 @@ else:
     from lib_fusion import log
     from lib_fusion.webui import script
     from lib_fusion.webui.host import adapter
-    from lib_fusion.webui.panel import api, panel, xyz
+    from lib_fusion.webui.panel import api, panel, settings_page, xyz
     from lib_fusion.webui.runtime import runtime
 
     class DenoiserFusionScript(scripts.Script):
@@ -59,7 +59,7 @@ else:
     script_callbacks.on_before_ui(xyz.add_axes)
     script_callbacks.on_infotext_pasted(xyz.adopt_earlier)
     script_callbacks.on_app_started(api.add_routes)
-    script_callbacks.on_ui_settings(panel.add_options)
+    script_callbacks.on_ui_settings(settings_page.add_options)
     script_callbacks.on_script_unloaded(runtime.close)
     if not adapter.training():
         from lib_fusion.webui.training import tab as training_tab

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,20 +41,31 @@ OF_PROGRAMS = {
 }  # fmt: skip
 
 
-def words_of_panel(name: str = "panel/panel.py") -> set[str]:
-    """Literal labels of tabs, accordions, buttons and controls, and the settings page's, as the file has them."""
-    words = set()
-    for call in ast.walk(ast.parse((ROOT / "lib_fusion/webui" / name).read_text("utf-8"))):
+def words_of_files(folder: str) -> set[str]:
+    """Literal labels of tabs, accordions, buttons and controls, as a folder's files have them."""
+    return set().union(*(words_of_file(file) for file in (ROOT / "lib_fusion/webui" / folder).glob("*.py")))
+
+
+def words_of_file(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text("utf-8"))
+    words = {text for node in tree.body if isinstance(node, ast.Assign) for text in lines_of(node)}
+    for call in ast.walk(tree):
         if not isinstance(call, ast.Call):
             continue
         called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         if called in ("Tab", "Accordion", "Button"):
             words |= {arg.value for arg in call.args[:1] if isinstance(arg, ast.Constant)}
-        if called == "OptionInfo":
-            words |= {arg.value for arg in call.args[1:2] if isinstance(arg, ast.Constant)}
         shown = [k.value for k in call.keywords if k.arg in ("label", "tooltip", "info", "placeholder")]
         words |= {value.value for value in shown if isinstance(value, ast.Constant)}
     return words - {""}
+
+
+def lines_of(node: ast.Assign) -> Iterator[str]:
+    """The lines, hints and words that a file shows by these names."""
+    name = getattr(node.targets[0], "id", "")
+    if name.endswith(("TOLD", "HINT", "WORDS", "PLACE_BUTTONS")):
+        value = ast.literal_eval(ast.unparse(node.value).replace("AUTO", "''").replace("PAINTED", "''"))
+        yield from [value] if isinstance(value, str) else value.keys() if "BUTTONS" in name else value.values()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -63,7 +75,7 @@ def test_every_label_is_translated(file: Path) -> None:
     choices = {choice for field in list_fields() for choice in field.row.choices if choice != "Mask"}
     labels |= {row.label for row in (*PREVIEW_PARAMETERS, *MAP_PARAMETERS)}
     hints = {field.row.help for field in list_fields()} | {row.help for row in MAP_PARAMETERS}
-    missing = (labels | choices | hints | set(SHIPPED) | words_of_panel()) - set(told) - NAMES
+    missing = (labels | choices | hints | set(SHIPPED) | words_of_files("panel")) - set(told) - NAMES
     assert not missing
     assert all(isinstance(text, str) and text.strip() for text in told.values())
 
@@ -75,7 +87,7 @@ def test_every_label_of_the_training_tab_is_translated(file: Path) -> None:
     labels = {label_of(row) for row in (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)} | {"Fusion training"}
     hints = {row.help for row in (*CACHE_PARAMETERS, *TRAINING_PARAMETERS)}
     told = json.loads(file.read_text("utf-8"))
-    assert not (labels | hints | words_of_panel("training/tab.py")) - set(told)
+    assert not (labels | hints | words_of_files("training")) - set(told)
 
 
 def test_nothing_is_translated_that_is_not_shown() -> None:
@@ -118,6 +130,9 @@ def test_every_message_is_translated(file: Path) -> None:
     messages = messages_of_panel()
     assert len(messages) > 150
     assert {text for text in messages - OF_PROGRAMS if lacks(text)} == set()
+    for line in ("Press {} again to replace the preset {}.", "Press {} again to delete the preset {}.", "Saved: {}",
+                 "Deleted: {}"):  # fmt: skip
+        assert translate(line.format("x", "y")) != line.format("x", "y")
     for phase in ("running", "finished", "failed", "stopped", "lost"):
         for stage in STAGES:
             told = translate(sentence(Status("name", phase, stage, "E", 9, 4, [(3, 0.5, 1.0, 1.0)] * 2)))

@@ -15,7 +15,7 @@ import gradio as gr
 TITLE = "Denoiser Fusion (unavailable in this WebUI)"
 NEEDED = "Denoiser Fusion needs AUTOMATIC1111's stable-diffusion-webui v1.10.1, Forge Neo or Forge"
 #: All that register with the host; each imports what it needs of the host's modules.
-ROOMS = ("script", "panel.api", "panel.panel", "panel.xyz", "runtime")
+ROOMS = ("script", "panel.api", "panel.panel", "panel.settings_page", "panel.xyz", "runtime")
 
 logger = logging.getLogger("denoiser_fusion")
 

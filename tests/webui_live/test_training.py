@@ -88,7 +88,7 @@ def test_from_pictures_to_a_file_that_the_panel_uses(
     name_it(page, "taught")
     fill(page, source=pictures)
     page.locator(f"{TAB}start").click()
-    page.get_by_text("models: [] is not allowed; allowed: 2 to 4 models").wait_for()
+    page.get_by_text("Models, the base first: [] is not allowed; allowed: 2 to 4 models").wait_for()
     for name in (names.expert, names.other):
         choose(page, f"{TAB}models", f"{name}.safetensors")
     page.locator(f"{TAB}source textarea").click()  # closes the list

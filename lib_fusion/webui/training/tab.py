@@ -16,7 +16,7 @@ from lib_fusion.training import view as training_view
 from lib_fusion.training.jobs import EVALUATION
 from lib_fusion.training.options import CACHE_PARAMETERS, TRAINING_PARAMETERS, label_of
 from lib_fusion.webui.models import checkpoints, lora_files
-from lib_fusion.webui.panel.panel import AT_ONCE
+from lib_fusion.webui.panel.controls import AT_ONCE
 from lib_fusion.webui.training import start as training
 from lib_fusion.webui.words import translate
 
