@@ -70,7 +70,7 @@ class Parameter:
         if self.kind == "window":
             return f"allowed: START:END, timesteps with {self.high:g} >= START >= END >= {self.low:g}"
         if self.kind == "text":
-            return f"allowed: text of at most {LONGEST_TEXT} characters that UTF-8 has, without null"
+            return f"allowed: text of at most {LONGEST_TEXT} characters, valid UTF-8 without NUL"
         number = "a whole number" if self.kind == "int" else "a number"
         multiple = f" divisible by {self.multiple_of}" if self.multiple_of > 1 else ""
         limits = [f"at least {self.low:g}"] if self.low > -math.inf else []

@@ -67,12 +67,12 @@ def _freeu_s(stage: int) -> float:
 
 
 def _freeu_offset(stage: int) -> float:
-    help_text = "First of the backbone's channels that are scaled, as a part of all."
+    help_text = "Where the scaled channels of the backbone begin, as a fraction of all."
     return row(0.0, f"FreeU offset {stage}", help_text, low=0, high=1)
 
 
 def _freeu_width(stage: int) -> float:
-    help_text = "How many of the backbone's channels are scaled, as a part of all; on past the end to the first."
+    help_text = "Fraction of the backbone's channels that are scaled; wraps around past the last one."
     return row(0.5, f"FreeU width {stage}", help_text, low=0, high=1)
 
 
@@ -81,7 +81,7 @@ def _freeu_high(stage: int) -> float:
 
 
 def _freeu_cutoff(stage: int) -> float:
-    help_text = "Up to which frequency s acts, as a part of the highest; 0: the lowest only, as published."
+    help_text = "Highest frequency that s acts on, as a fraction of all; 0: the lowest only, as published."
     return row(0.0, f"FreeU cutoff {stage}", help_text, low=0, high=1)
 
 
@@ -236,7 +236,7 @@ class FusionSettings:
         "prompt is not computed there, which saves half of the time.",
         low=1, high=30, step=0.5, name="guidance after")
     passes: str = row(
-        "both", "passes", "In which passes all of this acts: both, only the first, or only hires fix.",
+        "both", "passes", "Which passes are fused: both, only the first, or only hires fix.",
         choices=("both", "first", "hires"), where=PANEL)
     refiner: bool = row(
         False, "experts on refiner",
@@ -464,7 +464,7 @@ SKIP_PARAMETERS = tuple(row for row in PARAMETERS if row.key.startswith("skip"))
 AFA_PARAMETERS = tuple(row for row in PARAMETERS if row.key.startswith("afa"))
 
 #: The panel's own switch; settings given through the API are on unless they say otherwise.
-ENABLED = Parameter("enabled", "bool", True, "enabled", "Whether anything is done at all.", where=PANEL)
+ENABLED = Parameter("enabled", "bool", True, "enabled", "Whether Denoiser Fusion is on.", where=PANEL)
 #: The panel's comparison button; it belongs to one run, so no infotext, preset or plot has it.
 COMPARE = Parameter("compare", "bool", False, "compare",
                     "Draw the base and every expert alone, too, with the same seeds, and put all in one grid.",

@@ -30,14 +30,14 @@ class TrainingSettings:
     batch_size: int = row(
         8, "batch size", "Pictures of a step, over all processes.", low=1, high=4096, where=CLI)
     accumulate: int = row(
-        1, "accumulate", "Parts that a process takes its share of a batch in.", low=1, high=4096, where=CLI)
-    learning_rate: float = row(1e-4, "learning rate", "AdamW's.", low=0, high=1, where=CLI)
-    weight_decay: float = row(0.01, "weight decay", "AdamW's.", low=0, high=1, where=CLI)
+        1, "accumulate", "Gradient accumulation: parts that a batch is computed in.", low=1, high=4096, where=CLI)
+    learning_rate: float = row(1e-4, "learning rate", "Step size of AdamW.", low=0, high=1, where=CLI)
+    weight_decay: float = row(0.01, "weight decay", "Weight decay of AdamW.", low=0, high=1, where=CLI)
     schedule: str = row(
         "constant", "schedule", "The learning rate's course after the warm-up.",
         choices=("constant", "cosine"), where=CLI)
     warm_up: int = row(0, "warm-up", "Steps in which the learning rate rises.", low=0, high=10**6, where=CLI)
-    clip: float = row(1.0, "clip", "The longest gradient; 0: any.", low=0, high=1e6, where=CLI)
+    clip: float = row(1.0, "clip", "Gradient norm clipping; 0: none.", low=0, high=1e6, where=CLI)
     caption_dropout: float = row(
         0.1, "caption dropout", "Share of the captions that are left empty.", low=0, high=1, where=CLI)
     min_snr: float = row(
@@ -56,7 +56,7 @@ class TrainingSettings:
     layers: int = row(2, "layers", "The aggregators' transformer blocks.", low=1, high=16, where=CLI)
     heads: int = row(8, "heads", "The aggregators' attention heads.", low=1, high=64, where=CLI)
     save_every: int = row(100, "save every", "Steps between saved states.", low=1, high=10**6, where=CLI)
-    seed: int = row(0, "seed", "Of the weights, the batches, the noise.", low=0, high=2**32 - 1, where=CLI)
+    seed: int = row(0, "seed", "Random seed of weights, batches and noise.", low=0, high=2**32 - 1, where=CLI)
 # fmt: on
 
 
