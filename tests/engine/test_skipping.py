@@ -162,7 +162,7 @@ def test_correction_is_the_sampler_with_the_right_noises(sampler, runs):
         for i, t in enumerate(scheduler.timesteps):
             taken.scheduler.scale_model_input(x, t)
             step = Step(session, level_of(i), Rows.plain(2), None)
-            step.run(range(4), x, lambda _models, _rows, i=i: torch.cat([*noises[i].unbind(1)]))
+            step.run(range(4), x, lambda _models, _rows, _box, i=i: torch.cat([*noises[i].unbind(1)]))
             found = runs.get(i, []) if corrects else []
             x = taken.correct([Correction(0, 1, level_of(j).log_sigma, changes[j]) for j in found], x)
             x = taken.take(step, t, x)
