@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
+import urllib.request
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,36 @@ def test_requests_are_read(page: Path) -> None:
         body = json.loads(block)
         (fusion,) = body.get("args") or body["alwayson_scripts"]["Denoiser Fusion"]["args"]
         assert read_args([fusion], preset=Presets(Path("none")).get) is not None
+
+
+def shell_requests(page: Path) -> list[str]:
+    """The bodies that a page's ``fuse '...'`` sends."""
+    return re.findall(r"^fuse '(.*?)'$", "\n".join(blocks(page, "sh")), re.DOTALL | re.MULTILINE)
+
+
+def test_the_apis_page_asks_for_the_same_by_curl_and_by_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each method, and all of it is accepted."""
+    sent = []
+
+    def answer(request: urllib.request.Request) -> io.BytesIO:
+        assert request.full_url == "http://127.0.0.1:7860/sdapi/v1/txt2img"
+        sent.append(json.loads(request.data))
+        return io.BytesIO(json.dumps({"images": [""], "info": json.dumps({"infotexts": ["told"]})}).encode())
+
+    monkeypatch.setattr(urllib.request, "urlopen", answer)
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs/guide/api.md"
+    with redirect_stdout(io.StringIO()) as printed:
+        exec("\n".join(blocks(page, "python")), {})
+    *by_python, last = sent
+    assert by_python == [json.loads(body) for body in shell_requests(page)]
+    assert len(by_python) >= 10
+    assert (last["steps"], printed.getvalue()) == (20, "told\n")
+    for body in sent:
+        (fusion,) = body["alwayson_scripts"]["Denoiser Fusion"]["args"]
+        assert read_args([fusion], preset=Presets(Path("none")).get) is not None
+    methods = {body["alwayson_scripts"]["Denoiser Fusion"]["args"][0].get("method") for body in sent}
+    assert methods == {None, "Average", "AFA"}
 
 
 def test_the_readmes_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

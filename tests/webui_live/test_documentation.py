@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.test_docs import PAGES, blocks
+from tests.test_docs import PAGES, blocks, shell_requests
 from tests.webui_live.client import Client
 from tests.webui_live.conftest import Names
 from tests.webui_live.host import REPOSITORY
 from tests.webui_live.test_places import RIGHT
 
 API = REPOSITORY / "docs/guide/api.md"
-REQUESTS = [(page, block) for page in PAGES for block in blocks(page, "json")]
+REQUESTS = [(page, block) for page in PAGES for block in [*blocks(page, "json"), *shell_requests(page)]]
 
 
 def with_names(text: str, names: Names) -> str:
@@ -46,14 +46,16 @@ def test_a_request_draws_and_acts(client: Client, names: Names, page: Path, bloc
 def test_from_the_shell(client: Client, names: Names) -> None:
     if shutil.which("curl") is None:
         pytest.skip("no curl on this machine")
-    (command,) = (block for block in blocks(API, "sh") if block.startswith("curl "))
-    command = with_names(command, names).replace("http://127.0.0.1:7860", client.url)
+    """The function that the page defines, with its first request."""
+    command = with_names("\n".join(blocks(API, "sh")[:2]), names).replace("http://127.0.0.1:7860", client.url)
+    command = command.replace('{"prompt"', '{"width": 256, "height": 128, "steps": 10, "prompt"')
     answer = json.loads(subprocess.run(["sh", "-c", command], capture_output=True, check=True).stdout)
     assert "Fusion U-Net calls" in json.loads(answer["info"])["infotexts"][0]
 
 
 def test_from_python(client: Client, names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (program,) = blocks(API, "python")
+    first, *_, last = blocks(API, "python")
+    program = f"{first}\n{last}".replace("steps=20", "steps=10, width=256, height=128")
     monkeypatch.chdir(tmp_path)
     with redirect_stdout(io.StringIO()) as printed:
         exec(with_names(program, names).replace("http://127.0.0.1:7860", client.url), {"__name__": "__main__"})
