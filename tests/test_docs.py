@@ -134,6 +134,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     for name, model in (("a", "animals"), ("b", "vehicles"), ("sd15", "animals")):
         shutil.copy(ROOT / f"demo/{model}.safetensors", f"{name}.safetensors")
+        config = (ROOT / f"demo/{model}.yaml").read_text("utf-8")
+        Path(f"{name}.yaml").write_text(re.sub(r"version: .*", f"version: {ROOT / 'demo/clip'}", config), "utf-8")
     (tmp_path / "pictures").mkdir()
     for file in ("fox-flat", "tractor-flat"):
         with Image.open(ROOT / f"demo/images/{file}.webp") as picture:
@@ -162,5 +164,5 @@ def test_every_command_runs(workplace: Path, page: Path) -> None:
         assert main([*words, *SHORT[words[0]]]) == 0, shown
         if words[0] == "cache":
             shutil.copytree("cache", "held-out-cache", dirs_exist_ok=True)
-    made = {"generate": "*/*.png", "gallery": "*/*/index.html", "cache": "*/cache.json", "train": "*.safetensors"}
+    made = {"generate": "*/*.png", "gallery": "*/*/index.html", "cache": "*/index.json", "train": "*.safetensors"}
     assert all(list(workplace.glob(made[words[0]])) for words in commands(page) if words[0] in made)

@@ -21,12 +21,14 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from lib_fusion.engine.demo_sheet import FOLDER, Result, Score
-from tests.webui_live.pages import PANEL, SECONDS, close_page, open_page
+from tests.webui_live.pages import PANEL, SECONDS, close_page, open_page, set_number
 from tests.webui_live.serve import FIRST, start_a1111, start_fork
 
-PICTURE = "document.querySelector('#txt2img_gallery img')?.src"
-#: The picture that is shown, as base64 of the file.
-READ = """async () => { const blob = await (await fetch(document.querySelector('#txt2img_gallery img').src)).blob();
+#: The picture in the gallery, which is no live preview, as base64 of its file; nothing before it is there.
+READ = """async () => {
+    const image = [...document.querySelectorAll('#txt2img_gallery img')].find(image => !image.closest('.livePreview'));
+    if (!image) return null;
+    const blob = await (await fetch(image.src)).blob();
     return await new Promise(done => { const reader = new FileReader();
         reader.onload = () => done(reader.result.split(',')[1]); reader.readAsDataURL(blob); }); }"""
 
@@ -42,6 +44,13 @@ class Clicks:
         self.pressed.append(what)
 
 
+def write_prompt(page: Any) -> None:
+    """What the demo's models draw well; forks have sizes of their own, which go before ``ui-config.json``."""
+    page.locator("#txt2img_prompt textarea").first.fill(FIRST["txt2img/Prompt/value"])
+    for control in ("Width", "Height", "CFG Scale"):
+        set_number(page, f"#txt2img_{control.lower().replace(' ', '_')}", FIRST[f"txt2img/{control}/value"])
+
+
 def draw_first(page: Any) -> tuple[list[str], float, Image.Image]:
     """The presses, the seconds from the first of them to the picture, and the picture."""
     panel = PANEL.format(tab="txt2img")
@@ -52,10 +61,12 @@ def draw_first(page: Any) -> tuple[list[str], float, Image.Image]:
     press("list of Expert 1", expert.locator("input").first)
     press("the second checkpoint", expert.locator("ul li", has_text="vehicles.safetensors").first)
     press("Generate", page.locator("#txt2img_generate"))
-    page.wait_for_function(PICTURE, timeout=480 * SECONDS)
-    page.wait_for_function("document.querySelector('#html_info_txt2img').innerText.includes('Fusion U-Net calls')")
+    drawn = "document.querySelector('#html_info_txt2img').innerText.includes('Fusion U-Net calls')"
+    page.wait_for_function(drawn, timeout=480 * SECONDS)
+    while (file := page.evaluate(READ)) is None:
+        page.wait_for_timeout(SECONDS // 10)
     seconds = time.monotonic() - began
-    return press.pressed, seconds, Image.open(io.BytesIO(base64.b64decode(page.evaluate(READ)))).convert("RGB")
+    return press.pressed, seconds, Image.open(io.BytesIO(base64.b64decode(file))).convert("RGB")
 
 
 def main() -> None:
@@ -72,6 +83,7 @@ def main() -> None:
             with sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
                 page = open_page(browser, host, "light")
+                write_prompt(page)
                 pressed, seconds, picture = draw_first(page)
                 close_page(page)
         finally:
