@@ -70,6 +70,7 @@ def take_pages(browser: Any, host: Host, args: argparse.Namespace, theme: str, n
     page = pages.open_page(browser, host, theme)
     try:
         pages.enable(page, "vehicles")
+        page.evaluate("document.activeElement.blur()")  # which closes the list
         for part, element in parts_of(page):
             for width in args.widths:
                 page.set_viewport_size({"width": width, "height": HEIGHT})
@@ -94,9 +95,13 @@ def parts_of(page: Any) -> Iterator[tuple[str, str]]:
         page.wait_for_timeout(SETTLE)
         show_more(page, panel)
         yield f"{i}", f"{panel}_enable"
-    page.locator("#script_list").first.wait_for(state="attached")
     show_plot(page)
     yield "plot", "#script_txt2img_xyz_plot, #txt2img_script_container"
+    page.evaluate("switch_to_img2img()")
+    panel = pages.PANEL.format(tab="img2img")
+    page.locator(f"{panel}_enable .label-wrap").first.click()
+    page.locator(f"{panel}_expert1_where .label-wrap").first.click()
+    yield "img2img", f"{panel}_enable"
     for name, element in (("settings", "#settings_denoiser_fusion"), ("training", "#tab_denoiser_fusion_training")):
         if open_tab(page, name):
             yield name, element
