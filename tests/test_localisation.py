@@ -105,7 +105,7 @@ def messages_of_panel() -> set[str]:
             found |= {text for argument in message.arguments[last : last + 1] for text in argument}
     rows = [*(field.row for field in list_fields()), *CACHE_PARAMETERS, *TRAINING_PARAMETERS]
     found |= {row.allowed for row in rows} | {reason for _, reason in UNUSED_ROWS.values()}
-    for message in (*calls_of("webui", "translate", "in_words"), *calls_of("training", "tell", "sentence")):
+    for message in (*calls_of("webui", "translate", "in_words", "_tell"), *calls_of("training", "tell", "sentence")):
         if message.where.startswith(("webui/", "training/view.py")):
             found |= {text for argument in message.arguments for text in argument}
     return {by_labels(text, controls()) for text in found if PLACE.sub("", text).strip("; :()")}

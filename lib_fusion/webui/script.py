@@ -174,7 +174,8 @@ def wrap_sampler(p: Any) -> None:
         if prepare is None:
             file_hashes.add(p.extra_generation_params, job.settings, job.names)
             return original(steps, func)
-        samples, record = launch.launch(runtime, p, prepare, sampler, lambda: original(steps, func))
+        samples, record = launch.launch(
+            runtime, prepare, sampler, lambda: original(steps, func), lambda told: p.comment(job.in_words(told)))
         job.add(record)
         _tell(p, job, record)
         file_hashes.add(p.extra_generation_params, job.settings, job.names)

@@ -49,11 +49,13 @@ class SamplingPass(Protocol):
 
 
 def launch(
-    runtime: Any, p: Any, prepare: Callable[[], SamplingPass], sampler: Any, sample: Callable[[], Any]
-) -> tuple[Any, dict]:
+    runtime: Any, prepare: Callable[[], SamplingPass], sampler: Any, sample: Callable[[], Any],
+    tell: Callable[[str], None],
+) -> tuple[Any, dict]:  # fmt: skip
     """Runs a sampler's launch with the experts on; returns its samples and the record of the pass.
 
-    Everything that can be refused is refused before the first step, with RequestRefusedError, which nothing swallows.
+    ``tell``: takes a line for under the picture. Everything that can be refused is refused before the first step, with
+    RequestRefusedError, which nothing swallows.
     """
     began = time.perf_counter()
     runtime.keep_room(None)
@@ -77,7 +79,7 @@ def launch(
         if is_out_of_memory(error):
             raise RequestRefusedError(f"{OUT_OF_MEMORY}; {runtime.models.remedy} ({error})", status_code=500) from error
         raise
-    runtime.keep_room(fusion.room_for_vae(runtime.free, p.comment))
+    runtime.keep_room(fusion.room_for_vae(runtime.free, tell))
     seconds = time.perf_counter() - began
     done = fusion.session
     record = {"calls": done.calls, "seconds": seconds, "refined": fusion.refined, "records": done.records}
