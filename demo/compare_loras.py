@@ -27,9 +27,7 @@ from demo.rules import file_of, measure
 from demo.scenes import CFGS, paper, placed
 from lib_fusion.engine.loader import quiet_libraries
 from lib_fusion.engine.sheets import sheet
-from lib_fusion.fusion.records import Keep
 from lib_fusion.fusion.session import FusionSession
-from lib_fusion.previews import mask_image
 from lib_fusion.requests.settings import FusionSettings, GenerationSettings
 
 PAGE = HERE.parent / "docs/measurements/lora-experts.md"
@@ -154,27 +152,18 @@ def draw_picture(path: Path) -> None:
     columns = {
         "LoRA of animals": (PAIR[:1], FusionSettings()),
         "LoRA of vehicles": (PAIR[1:], FusionSettings()),
-        "both, at 1": (("general+animals+vehicles",), FusionSettings()),
-        "both, at 0.5": (("general+animals:0.5+vehicles:0.5",), FusionSettings()),
-        "predictions averaged": (PAIR, replace(one, method="Average", guidance="off")),
-        "fused (default)": (PAIR, one),
+        "both in one prompt": (("general+animals+vehicles",), FusionSettings()),
+        "fused": (PAIR, one),
     }
     rows: list[list[Image.Image]] = [[] for _ in SCENES]
-    for name, (models, fusion) in columns.items():
+    for models, fusion in columns.values():
         engine = load_engine(*models)
         for row, (prompt, seed) in zip(rows, SCENES.items(), strict=True):
             generation = GenerationSettings(
                 (prompt,), width=256, height=128, steps=30, sampler=SAMPLER, cfg_scale=5.0, seed=seed
             )
-            keep = Keep.read(["masks"] if fusion is one else [])
-            drawn = engine.generate(generation, fusion, keep=keep).pictures[0]
-            row.append(drawn.image)
-            if name == "fused (default)":
-                mask = mask_image(drawn.records.masks[-1][1])
-                row.append(mask.resize(drawn.image.size, Image.Resampling.NEAREST))
-    sheet(list(zip(SCENES, rows, strict=True)), [*columns, "who draws where"], path, "Two LoRAs, one picture",
-          "One tiny checkpoint that draws scenes coarsely, and two LoRAs of it. Together in one prompt they spoil each "
-          "other; as base and expert, each draws its own part.")  # fmt: skip
+            row.append(engine.generate(generation, fusion).pictures[0].image)
+    sheet(list(zip(SCENES, rows, strict=True)), list(columns), path, "Two LoRAs, one picture", cell=256)
 
 
 def main() -> None:
@@ -188,7 +177,7 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     if args.picture:
-        draw_picture(PAGE.with_name("two-loras.png"))
+        draw_picture(HERE.parent / "docs/two-loras.png")
         return
     if not args.table:
         run(args.ways, args.cfg, args.data, args.results)
