@@ -34,7 +34,12 @@ def prepare_demo(data: Path) -> None:
 
 def start_fork(name: str, data: Path, port: int, extra: tuple[str, ...]) -> Host:
     installation = next(fork for fork in forks.FORKS if fork.name == name).find()
+    config = data / "config.json"
+    is_new = not config.exists()
     forks.prepare_data(data, installation)
+    if is_new:
+        begun = json.loads(config.read_text("utf-8")) | {"sd_model_checkpoint": "animals.safetensors"}
+        config.write_text(json.dumps(begun), "utf-8")
     prepare_demo(data)
     print("Starting the WebUI ...", flush=True)
     return Host(data, None, port, extra, installation=installation)
