@@ -34,5 +34,5 @@ def _in_neo(fork: Fork) -> None:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_screenshots(browser: Any, client: Client, host: Host, names: Names, fork: Fork, theme: str) -> None:
     """Writes docs/webui-FORK-*.png where SCREENSHOTS is set; elsewhere it shows that the panel opens in both themes."""
-    client.draw(model=names.base)
+    client.draw(model=names.expert)
     take_screenshot(browser, host, names, theme, f"{fork.name}-{theme}")

@@ -49,7 +49,8 @@ def build_experts(
                               elem_classes=shown_with("method", "SNB", "Average")):  # fmt: skip
                 canvases.append(build_place(name, place, controls, elem_id))
     with gr.Row():
-        place("place_strength", "place_feather", "place_crop")
+        place("place_strength", "place_feather")
+    place("place_crop")
     return canvases
 
 
