@@ -129,9 +129,9 @@ class Step:
         computed = self._computed(models[0], wanted)
         output = None
         if len(computed) == len(rows):
-            output = self._predict(models, rows, x, predict)
+            output = self._predict(models, rows, x.shape[-2:], predict)
         elif computed:
-            part = self._predict(models, computed, take(x, [row - rows.start for row in computed]), predict)
+            part = self._predict(models, computed, x.shape[-2:], predict)
             output = torch.zeros((len(x), *part.shape[1:]), dtype=part.dtype, device=part.device)
             put(output, [row - rows.start for row in computed], part)
         box = self._boxes.get(models[0]) if self._boxes else None
@@ -159,9 +159,13 @@ class Step:
             self._noises[model] = {i: self._skips.forecast(model, i, self.level) for i in spared}
         return [row for row in rows if self._owners[row] in self._needed[model]]
 
-    def _predict(self, models: Sequence[int], rows: Sequence[int], x: torch.Tensor, predict: Predict) -> torch.Tensor:
-        """One U-Net call for these rows, whose input is ``x``, with FreeU where it acts; its sums go to the guard
-        against NaN. Outside a model's box its noise is 0."""
+    def _predict(
+        self, models: Sequence[int], rows: Sequence[int], size: Sequence[int], predict: Predict
+    ) -> torch.Tensor:
+        """One U-Net call, with FreeU where it acts; its sums go to the guard against NaN.
+
+        The output has the latents' ``size`` (H, W), with zeros outside a model's box.
+        """
         session, box = self.session, self._boxes.get(models[0]) if self._boxes else None
         if self.is_joint:
             session.begin_call(self.level.timestep, [self._owners[row] for row in rows])
@@ -173,10 +177,7 @@ class Step:
             session.watch(models, output.sum(dtype=torch.float32)[None])
         if box is None:
             return output
-        blank = torch.zeros((*output.shape[:2], *x.shape[-2:]), dtype=output.dtype, device=output.device)
-        if self._shift:
-            blank = (-self._shift / self._signal * x).to(blank)
-        return box.paste(output, blank)
+        return box.paste(output, output.new_zeros((*output.shape[:2], *size)))
 
     def _keep(self, model: int, computed: Sequence[int], start: int, output: torch.Tensor, x: torch.Tensor) -> None:
         """Keeps computed rows as noise, by picture, until the policies are shown them."""
