@@ -38,7 +38,7 @@ INTRODUCTION = """# Trials: what numbers were chosen by, and what was not built
 Made by `python -m demo.trials` on the demo's small checkpoints: 16 held-out pairs of an animal and a vehicle, a
 picture of each, DDIM, CFG 7.5. *sharp*, *near* and *rms* as in [fusion-rules.md](fusion-rules.md); *rows* as a share of
 one model's. A share of 16 pictures has a standard error of about 0.1. **Orders mean something here, sizes nothing.**"""
-CONCLUSION = """**Places only** (*Compute places only*) draws both objects as often as whole pictures or more often, as no
+CONCLUSION = """**Places only** (*Compute places only*) draws both objects as often as whole pictures or more often: no
 model sees the other's object outside its box. Two objects appear that were lost in whole pictures, and one animal is
 spoilt: in the margin a piece of it was drawn that the place cuts off. A margin of 4 spares one more row in six and
 loses more objects. The base is cropped, too: on whole pictures the distance is larger, for more rows. Pictures become
