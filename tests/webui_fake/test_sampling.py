@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from lib_fusion.errors import SettingError
 from lib_fusion.methods import snb
 from lib_fusion.requests.settings import FusionSettings
 from tests.helpers import PLAIN
@@ -407,3 +409,26 @@ def test_an_experts_positions_are_its_files_own(sampling: Any) -> None:
     put_positions(encoder, {}, find)
     assert encoder.embeddings.position_ids.tolist() == [[0, 1, 2]]
     assert encoder.embeddings.position_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("what", "is_hires", "told"),
+    [
+        ("tiling", False, "allowed without Tiling"),
+        ("hypertile_enable_unet", False, "allowed without Hypertile"),
+        ("hypertile_enable_unet_secondpass", True, "allowed without Hypertile"),
+        ("hypertile_enable_unet_secondpass", False, ""),
+        ("control", False, "allowed without ControlNet"),
+        ("", True, ""),
+    ],
+)
+def test_what_counts_on_whole_pictures_refuses_places_only(
+    sampling: Any, monkeypatch: pytest.MonkeyPatch, what: str, is_hires: bool, told: str
+) -> None:
+    unet = UNet(0.7)
+    monkeypatch.setattr(sampling.model_hijack, "circular_enabled", what == "tiling")
+    monkeypatch.setattr(sampling.shared, "opts", SimpleNamespace(**{what: True} if what.startswith("hyper") else {}))
+    if what == "control":
+        unet.forward = lambda *args: None
+    with pytest.raises(SettingError, match=f"place_crop: True is not allowed; {told}") if told else nullcontext():
+        sampling.check_crops(unet, is_hires)
