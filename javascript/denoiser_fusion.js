@@ -121,11 +121,26 @@ denoiserFusion.noteEdit = function(line) {
         return [place.trim().toLowerCase() === 'mask' ? 'auto' : place, ...Array(parts).fill(null)];
     };
 
+    // Forge's own button for removing a picture leaves its data where Gradio has it, so that the same picture would not
+    // come again; and only that button brings the hint back that a picture can be put there.
+    function setupForgeCanvas(tab, expert) {
+        const remove = find(tab, `expert${expert}_canvas [id^="removeButton_"]`);
+        if (!remove) return;
+        const name = remove.id.replace('removeButton_', '');
+        const data = gradioApp().querySelector(`#${name}.logical_image_background textarea`);
+        remove.addEventListener('click', () => {
+            data.value = '';
+            updateInput(data);
+        });
+        find(tab, `expert${expert}_canvas_clear`).addEventListener('click', () => remove.click());
+    }
+
     // A stroke on an expert's canvas makes the painted mask its place.
     function setupCanvases(tab) {
         for (const i of EXPERTS) {
             const canvas = find(tab, `expert${i}_canvas`);
             if (!canvas) continue;
+            setupForgeCanvas(tab, i);
             let painting = false;
             for (const name of ['pointerdown', 'touchstart']) {
                 canvas.addEventListener(name, event => {

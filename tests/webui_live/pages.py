@@ -71,8 +71,11 @@ def open_page(browser: Any, host: Host, theme: str) -> Any:
 
     page.on("websocket", on_socket)
     page.set_default_timeout(240 * SECONDS)
+    asked = watch_requests(page)
     page.goto(f"{host.url}/?__theme={theme}")
     page.wait_for_selector("#txt2img_generate")
+    if page.evaluate("gradio_config.version").startswith("4"):
+        wait_for_first_values(page, asked)
     return page
 
 
@@ -81,6 +84,24 @@ def save_small(page: Any, path: Path) -> None:
     taken = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     colours = taken.quantize(256, kmeans=4)
     taken.quantize(palette=colours, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+
+
+def watch_requests(page: Any) -> set[Any]:
+    """The page's calls of Python functions past the queue that are not answered yet."""
+    asked: set[Any] = set()
+    page.on("request", lambda request: asked.add(request) if "/run/" in request.url else None)
+    for end in ("requestfinished", "requestfailed"):
+        page.on(end, lambda request: asked.discard(request))
+    return asked
+
+
+def wait_for_first_values(page: Any, asked: set[Any]) -> None:
+    """Until nothing has been asked for a second: a fork's page gets its steps, size and more after it has opened."""
+    deadline, quiet = time.monotonic() + 60, 0
+    while quiet < SECONDS and time.monotonic() < deadline:
+        page.wait_for_timeout(SECONDS // 10)
+        page.evaluate("() => new Promise(done => requestIdleCallback(() => done()))")  # it may be behind with its work
+        quiet = 0 if asked else quiet + SECONDS // 10
 
 
 def set_number(page: Any, element: str, value: int) -> None:

@@ -414,6 +414,13 @@ def take_screenshot(browser: Any, host: Host, names: Names, theme: str, name: st
     close_page(page)
 
 
+#: Whether a canvas has its picture: in Forge's, that is an image under it; an empty one of A1111's is 300 wide.
+LOADED = """element => {
+    const canvas = document.querySelector(element), image = canvas.querySelector('[id^=image_]');
+    return image ? image.offsetWidth > 0 : canvas.querySelector('canvas').width != 300;
+}"""
+
+
 def shoot(page: Any, host: Host, name: str) -> None:
     page.locator(f"{PANEL.format(tab='txt2img')}_enable").scroll_into_view_if_needed()
     folder = Path(__file__).parents[2] / "docs" if os.environ.get("SCREENSHOTS") else host.data
@@ -453,8 +460,7 @@ def paint(page: Any, panel: str, left: float = 0.7, width: float = 0.2, strokes:
     """A zigzag down the right side of the first expert's canvas, by mouse; the more strokes the fuller."""
     canvas = page.locator(f"{panel}_expert1_canvas canvas").first
     canvas.wait_for(state="visible")
-    # An empty canvas is 300 wide; the picture's size comes when it has been loaded.
-    page.wait_for_function(f"document.querySelector('{panel}_expert1_canvas canvas').width != 300")
+    page.wait_for_function(LOADED, arg=f"{panel}_expert1_canvas")
     page.locator(f"{panel}_expert1_canvas").scroll_into_view_if_needed()
     page.wait_for_timeout(SECONDS)
     box = canvas.bounding_box()
@@ -536,7 +542,8 @@ def test_buttons_of_places(page: Any, client: Client, names: Names) -> None:
     assert "Expert 1 mask: '' is not allowed; allowed with place mask: paint on expert 1's canvas" in generate(page)
     paint(page, panel)
     page.locator(f"{panel}_expert1_canvas_clear").click()
-    page.locator(f"{panel}_expert1_canvas canvas").first.wait_for(state="detached")
+    canvases = f"[...document.querySelectorAll('{panel}_expert1_canvas canvas')]"
+    page.wait_for_function(f"{canvases}.every(canvas => canvas.width == 1)")  # in A1111's there is none any more
     assert place_of(page, panel) == "auto"
     assert "Fusion expert 1 place" not in generate(page)
     page.set_viewport_size({"width": 390, "height": 1180})

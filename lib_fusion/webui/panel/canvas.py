@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,6 @@ import gradio as gr
 #: Of the strokes on a canvas, on any picture.
 BRUSH = "#ff7f0e"
 HEIGHT = 360
-#: Of Forge's canvas at first, in its unit of 4 pixels of the picture.
-BRUSH_WIDTH = 12
 #: Gradio 4 has no sketching on pictures in one component any more; the hosts that use it bring their own canvas.
 HAS_SKETCH = int(gr.__version__.split(".")[0]) < 4
 
@@ -29,6 +28,11 @@ class Canvas:
         return [self.picture] if self.picture is self.painted else [self.picture, self.painted]
 
 
+def brush_width(canvas: Any) -> int:
+    """Half of what a host's canvases begin with; a unit is 4 pixels of the picture in one, 20 of the page in others."""
+    return max(1, inspect.signature(canvas).parameters["scribble_width"].default // 2)
+
+
 def make_canvas(label: str, elem_id: str) -> Canvas:
     """Builds a canvas in the open block."""
     if HAS_SKETCH:
@@ -39,7 +43,7 @@ def make_canvas(label: str, elem_id: str) -> Canvas:
         from modules_forge.forge_canvas.canvas import ForgeCanvas
 
         forge = ForgeCanvas(
-            height=HEIGHT, scribble_color=BRUSH, scribble_color_fixed=True, scribble_width=BRUSH_WIDTH,
+            height=HEIGHT, scribble_color=BRUSH, scribble_color_fixed=True, scribble_width=brush_width(ForgeCanvas),
             scribble_alpha_fixed=True, scribble_softness_fixed=True, elem_id=elem_id,
         )  # fmt: skip
         canvas = Canvas(forge.background, forge.foreground)
