@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lib_fusion.errors import SettingError
 from lib_fusion.fusion.level import Schedule
 from lib_fusion.fusion.rows import Rows
 from lib_fusion.fusion.session import FusionSession
@@ -55,14 +56,19 @@ def forge(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     named = {"backend": {}, "backend.sampling": {},
              "backend.sampling.condition": {"Condition": Condition, "ConditionCrossAttn": Condition,
                                             "compile_conditions": None, "compile_weighted_conditions": None},
-             "backend.sampling.sampling_function": {"calc_cond_uncond_batch": calc_cond_uncond_batch}}  # fmt: skip
+             "backend.sampling.sampling_function": {"calc_cond_uncond_batch": calc_cond_uncond_batch},
+             "backend.memory_management": {}, "backend.args": {"dynamic_args": {}},
+             "backend.loader": {"forge_loader": None}}  # fmt: skip
     for name, contents in named.items():
         module = types.ModuleType(name)
         module.__dict__.update(contents)
         monkeypatch.setitem(sys.modules, name, module)
-    from lib_fusion.webui.forge import conditions, host_step
+        parent, _, own = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], own, module)
+    from lib_fusion.webui.forge import conditions, engines, host_step
 
-    return SimpleNamespace(Parts=conditions.Parts, HostStep=host_step.HostStep)
+    return SimpleNamespace(Parts=conditions.Parts, HostStep=host_step.HostStep, check_base=engines.check_base)
 
 
 def parts_of(forge: SimpleNamespace, *texts: list[float], uncond: bool = True) -> Any:
@@ -162,3 +168,48 @@ def test_without_guidance_there_is_one_half(forge: SimpleNamespace) -> None:
     assert base.calls == [2]
     assert ask(step, 0) == [1, 2]
     assert step.is_over
+
+
+def loaded(predicts: str = "epsilon", compiled: str = "", **blocks: Any) -> SimpleNamespace:
+    """What the host has loaded; ``blocks``: the lists of layers by which the backend's classes go."""
+    model = SimpleNamespace(diffusion_model=SimpleNamespace(**blocks), apply_model=None)
+    model.predictor = SimpleNamespace(prediction_type=predicts)
+    if compiled == "model":  # as torch.compile leaves it
+        model.diffusion_model._orig_mod = None
+    elif compiled == "calls":  # as the extension of Forge Neo does
+        model._orig_apply_model = model.apply_model
+    info = SimpleNamespace(name_for_extra="mine")
+    return SimpleNamespace(forge_objects=SimpleNamespace(unet=SimpleNamespace(model=model)), sd_checkpoint_info=info)
+
+
+UNET = {"input_blocks": [], "middle_block": [], "output_blocks": []}
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [{"double_blocks": [], "single_blocks": []}, {"noise_refiner": [], "layers": []}, {"transformer_blocks": []},
+     {"joint_blocks": []}, {"blocks": []}],
+    ids=["Flux, Chroma", "Z-Image, Lumina", "Qwen", "SD3", "Wan, Anima"],
+)  # fmt: skip
+@pytest.mark.parametrize("uses_blocks", [True, False])
+def test_transformers_are_refused(forge: SimpleNamespace, blocks: dict, uses_blocks: bool) -> None:
+    """With any method, by a sentence that names the checkpoint and what to do."""
+    with pytest.raises(SettingError, match="base checkpoint: 'mine' is not allowed; it is no U-Net of Stable "
+                       "Diffusion; allowed: Stable Diffusion 1, 2 and XL"):  # fmt: skip
+        forge.check_base(loaded("const", **blocks), uses_blocks)
+
+
+@pytest.mark.parametrize(("predicts", "told"), [("const", "a flow"), ("edm", "as EDM does"), ("x0", "x0")])
+def test_other_predictions_are_refused(forge: SimpleNamespace, predicts: str, told: str) -> None:
+    """A U-Net that predicts a flow has the blocks, but none of the methods' formulas."""
+    with pytest.raises(SettingError, match=f"it predicts {told}; allowed: models that predict noise or v"):
+        forge.check_base(loaded(predicts, **UNET), False)
+
+
+@pytest.mark.parametrize("compiled", ["model", "calls"])
+def test_compiled_models_have_no_hooks(forge: SimpleNamespace, compiled: str) -> None:
+    base = loaded(compiled=compiled, **UNET)
+    with pytest.raises(SettingError, match=r"torch\.compile: 'on' is not allowed; allowed with FreeU and AFA: off"):
+        forge.check_base(base, True)
+    forge.check_base(base, False)  # SNB, average and skipping act around the model's calls
+    forge.check_base(loaded(**UNET), True)

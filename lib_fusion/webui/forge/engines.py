@@ -33,6 +33,8 @@ from lib_fusion.webui.models.checkpoints import (
 from lib_fusion.webui.options import read_option
 
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v_prediction": "v"}
+#: What the backend calls otherwise than people do.
+OTHER_PREDICTIONS = {"const": "a flow", "edm": "as EDM does"}
 ALLOWED = "allowed: Stable Diffusion 1, 2 and XL"
 
 
@@ -156,8 +158,12 @@ def check_base(sd_model: Any, uses_blocks: bool) -> None:
     info = getattr(sd_model, "sd_checkpoint_info", None)
     name = getattr(info, "name_for_extra", type(sd_model).__name__)
     model = sd_model.forge_objects.unet.model
-    if not hasattr(model.diffusion_model, "input_blocks") or model.predictor.prediction_type not in PREDICTIONS:
+    if not hasattr(model.diffusion_model, "input_blocks"):
         raise SettingError("base checkpoint", name, f"it is no U-Net of Stable Diffusion; {ALLOWED}")
+    predicts = model.predictor.prediction_type
+    if predicts not in PREDICTIONS:
+        predicts = OTHER_PREDICTIONS.get(predicts, predicts)
+        raise SettingError("base checkpoint", name, f"it predicts {predicts}; allowed: models that predict noise or v")
     if uses_blocks and (hasattr(model, "_orig_apply_model") or hasattr(model.diffusion_model, "_orig_mod")):
         problem = "allowed with FreeU and AFA: off, since compiled models run without the hooks on their blocks"
         raise SettingError("torch.compile", "on", problem)
