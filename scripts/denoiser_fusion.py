@@ -65,5 +65,5 @@ else:
         from lib_fusion.webui.training import tab as training_tab
 
         script_callbacks.on_ui_tabs(training_tab.build)
-    level = launch_utils.args.loglevel or os.environ.get("SD_WEBUI_LOG_LEVEL")
+    level = getattr(launch_utils.args, "loglevel", None) or os.environ.get("SD_WEBUI_LOG_LEVEL")
     log.start(f"{adapter.NAME} {launch_utils.git_tag()}", level)

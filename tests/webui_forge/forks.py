@@ -23,6 +23,7 @@ from tests.webui_live.host import (
 
 HERE = Path(__file__).parent
 SETTINGS = {"samples_save": False, "grid_save": False, "do_not_show_images": False, "live_previews_enable": False,
+            "show_progress_type": "Approx cheap",  # else ersatzForge wants to download a model
             "CLIP_stop_at_last_layers": 1, "sd_model_checkpoint": "general.safetensors"}  # fmt: skip
 
 
