@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,9 +21,12 @@ TEXT = "cond_stage_model.transformer."
 def write(demo: Path, models: Path) -> None:
     """tiny_xl, tiny_xl_b, tiny_xl_v, tiny_inpaint, its copy, other_text and general_copy, from ``general``.
 
+    And beside their folder a ControlNet.
+
     Those of SDXL have its VAE, and its text encoder in place of both of theirs.
     """
     general = load_file(demo / "general.safetensors")
+    write_control(general, models.with_name("ControlNet"))
     vae = {key: value for key, value in general.items() if key.startswith("first_stage_model.")}
     text = {key.removeprefix(TEXT): value for key, value in general.items() if key.startswith(TEXT)}
     encoders = {FIRST + key: value for key, value in text.items()} | open_clip(text)
@@ -38,6 +42,26 @@ def write(demo: Path, models: Path) -> None:
         if name != "general":
             save_file(weights, models / f"{name}.safetensors")
         save_file(weights, models / f"{name}_copy.safetensors", {"title": "the same weights in another file"})
+
+
+def write_control(general: Weights, folder: Path) -> None:
+    """A ControlNet in the format of the original ones, which changes a picture a lot: the encoder and random layers."""
+    copied = ("time_embed.", "input_blocks.", "middle_block.")
+    unet = {key.removeprefix(UNET_PREFIX): value for key, value in general.items() if key.startswith(UNET_PREFIX)}
+    made = {key: value.clone() for key, value in unet.items() if key.startswith(copied)}
+    width = len(made["input_blocks.0.0.weight"])  # of all blocks
+    widths = (3, 16, 16, 32, 32, 96, 96, 256, width)
+    shapes = {f"input_hint_block.{2 * i}": (out, into, 3, 3) for i, (into, out) in enumerate(pairwise(widths))}
+    blocks = {key.split(".")[1] for key in made if key.startswith("input_blocks.")}
+    shapes |= {f"zero_convs.{block}.0": (width, width, 1, 1) for block in blocks}
+    shapes["middle_block_out.0"] = (width, width, 1, 1)
+    generator = torch.Generator().manual_seed(10)
+    for name, shape in sorted(shapes.items()):
+        std = 0.5 / (shape[1] * shape[2] * shape[3]) ** 0.5
+        made[f"{name}.weight"] = (torch.randn(shape, generator=generator) * std).half()
+        made[f"{name}.bias"] = (torch.randn(shape[0], generator=generator) * 0.1).half()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({f"control_model.{key}": value for key, value in made.items()}, folder / "tiny_control.safetensors")
 
 
 def inpainting(general: Weights) -> Weights:

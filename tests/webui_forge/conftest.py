@@ -1,4 +1,9 @@
-"""Every test of this folder runs in each fork that is found; each is started once, on a free port, and stopped."""
+"""Every test of this folder runs in each fork that is found; each is started once, on a free port, and stopped.
+
+All of them run in Forge Neo, which has most users. Forge shares the code that is tested, so tests with many cases run
+there in some of them (the marker ``where``), chosen so that each case and each method is among them. A module's
+IN_NEO: tests of AUTOMATIC1111's that run in Forge Neo alone.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,9 @@ from tests.webui_live.host import Host, Installation, NoHostError
 from tests.webui_live.needs import missing
 from tests.webui_live.pages import browser, page  # noqa: F401 (fixtures)
 
+#: The files that run in a fork which has the others' backend and few users.
+FEW = {"ersatzforge": ("test_host.py", "test_what_works.py")}
+
 
 class ForgeClient(Client):
     """Asks for hires fix as the page does: the API's defaults there are a guidance of 1, and what Forge can't read.
@@ -28,6 +36,26 @@ class ForgeClient(Client):
             changes = {"hr_additional_modules": ["Use same choices"], "hr_cfg": guidance} | changes
             changes["hr_upscaler"] = changes.get("hr_upscaler", "None").replace("Latent", "None")
         return super().draw(*args, **changes)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what the marker ``where`` does not select, and in the fork of FEW all but these files."""
+    out = [item for item in items if is_left_out(item)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
+
+
+def is_left_out(item: pytest.Item) -> bool:
+    parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+    fork = parameters.pop("fork", None)
+    if not isinstance(fork, Fork):
+        return False
+    if fork.name in FEW and item.path.name not in FEW[fork.name]:
+        return True
+    if fork.name != "neo" and getattr(item, "function", None) in getattr(item.module, "IN_NEO", ()):
+        return True
+    return not all(mark.args[0](fork=fork.name, **parameters) for mark in item.iter_markers("where"))
 
 
 @pytest.fixture(scope="module", params=FORKS, ids=lambda fork: fork.name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ BASE, COPY, OTHER = "general", "general_copy", "animals"
 LONG = "a " * 90
 HIRES = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "None", "denoising_strength": 0.7, "hr_cfg": 5,
          "hr_additional_modules": ["Use same choices"]}  # fmt: skip
+#: Those that a request is made with, by what stands for them in its key.
+_PICTURES: dict[str, Image.Image] = {}
 #: Draws what the first expert draws, by a window in which nothing is fused.
 ALONE: dict[str, Any] = {"snb_window": [0, 0], "snb_outside": "expert"}
 
@@ -63,6 +68,21 @@ def models_of(case: str) -> tuple[str, str, str]:
 def draw(client: Client, fusion: dict | None = None, **changes: Any) -> Pictures:
     """A picture; the base where nothing else is said is ``general``."""
     return client.draw(fusion, **{"model": BASE, **changes})
+
+
+@functools.cache
+def _host_draws(client: Client, changes: str) -> Pictures:
+    return draw(client, **{key: _PICTURES.get(value, value) if isinstance(value, str) else value
+                           for key, value in json.loads(changes).items()})  # fmt: skip
+
+
+def host_draws(client: Client, **changes: Any) -> Pictures:
+    """The fork's own picture, drawn once for all tests; ``draw`` is for those that ask whether it is still the same."""
+    for key, value in changes.items():
+        if isinstance(value, Image.Image):
+            changes[key] = f"picture {hashlib.sha256(value.tobytes()).hexdigest()}"
+            _PICTURES[changes[key]] = value
+    return _host_draws(client, json.dumps(changes, sort_keys=True))
 
 
 def apart(one: Pictures, other: Pictures) -> int:

@@ -2,13 +2,60 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
+import inspect
 from typing import Any
 
-from modules import script_callbacks, sd_models, shared
+import gradio as gr
+import torch
+from modules import script_callbacks, scripts, sd_models, shared
 
 REPLACEABLE = {"forward", "apply_model"}
 armed: dict[str, Any] = {}
+#: By name: the backend's own class for a transformer, and arguments of a tiny one, of which it takes those it knows.
+TRANSFORMERS = {
+    "Flux": ("flux.IntegratedFluxTransformer2DModel", {
+        "in_channels": 4, "out_channels": 4, "vec_in_dim": 8, "context_in_dim": 8, "hidden_size": 16, "mlp_ratio": 2.0,
+        "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "axes_dim": [2, 2, 4], "theta": 100, "patch_size": 2,
+        "qkv_bias": True, "guidance_embed": False}),
+    "Z-Image": ("lumina.NextDiT", {
+        "dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 8, "axes_dims": [2, 2, 4],
+        "axes_lens": [8, 8, 8], "z_image_modulation": True}),
+    "Qwen": ("qwen.QwenImageTransformer2DModel", {
+        "in_channels": 16, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 8,
+        "axes_dims_rope": (2, 2, 4)}),
+}  # fmt: skip
+changed = contextlib.ExitStack()
+#: Of a patcher, by name of what puts it on: what extensions do inside a U-Net. IP-Adapter and others change what
+#: attention gives, Kohya HRFix a block's output, Forge's FreeU a decoder block's input and the skip that it joins.
+PATCHES = {
+    "attention": ("set_model_attn2_output_patch", lambda n, options: 1.5 * n),
+    "replaced attention": ("set_model_replace_all", lambda q, k, v, options: q + 0.5 * v.mean(1, keepdim=True)),
+    "encoder": ("set_model_input_block_patch", lambda h, options: 1.2 * h),
+    "decoder": ("set_model_output_block_patch", lambda h, skip, options: (1.2 * h, 0.8 * skip)),
+}
+
+
+class Patched(scripts.Script):
+    """Puts one of the patches on the U-Net's patcher of a pass, as other extensions do."""
+
+    def title(self) -> str:
+        return "Patched"
+
+    def show(self, is_img2img: bool) -> Any:
+        return scripts.AlwaysVisible
+
+    def ui(self, is_img2img: bool) -> list[Any]:
+        return [gr.Textbox(visible=False)]
+
+    def process_before_every_sampling(self, p: Any, name: str, **_: Any) -> None:
+        if name:
+            unet = p.sd_model.forge_objects.unet.clone()
+            method, patch = PATCHES[name]
+            getattr(unet, method)(patch, *(("attn2",) if method.endswith("all") else ()))
+            p.sd_model.forge_objects.unet = unet
 
 
 def state() -> dict:
@@ -47,6 +94,29 @@ def arm(what: str, step: int = 1) -> dict:
     return {}
 
 
+def turn(into: str = "") -> dict:
+    """Until the next call, makes the loaded model one of another kind: a transformer, or "compiled".
+
+    ``known``: whether this fork has such models.
+    """
+    changed.close()
+    model = sd_models.model_data.sd_model.forge_objects.unet.model
+    unet = model.diffusion_model
+    if into == "compiled":
+        model.diffusion_model = torch.compile(unet)
+    elif into:
+        name, arguments = TRANSFORMERS[into]
+        module, _, kind = name.partition(".")
+        try:
+            made = getattr(importlib.import_module(f"backend.nn.{module}"), kind)
+        except ModuleNotFoundError:
+            return {"known": False}
+        known = inspect.signature(made).parameters
+        model.diffusion_model = made(**{key: value for key, value in arguments.items() if key in known})
+    changed.callback(setattr, model, "diffusion_model", unet)
+    return {"known": True}
+
+
 def on_step(params: Any) -> None:
     if not armed or params.sampling_step < armed["step"]:
         return
@@ -67,7 +137,7 @@ def on_step(params: Any) -> None:
 
 
 def add_routes(_: Any, app: Any) -> None:
-    for handler in (state, fusion, arm):
+    for handler in (state, fusion, arm, turn):
         app.add_api_route(f"/probe/{handler.__name__}", handler, methods=["GET"])
 
 

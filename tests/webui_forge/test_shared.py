@@ -41,6 +41,14 @@ from tests.webui_live.test_xyz import (  # noqa: F401
     test_windows_over_what_the_request_says,
 )
 
+#: Forge has the same code for them, and for what the requests do there is test_steps.py.
+IN_NEO = {
+    test_a_checkpoint_with_two_prompts_has_two_columns, test_a_seed_of_chance_is_the_same_for_all,
+    test_without_weight_the_expert_never_runs, test_skips_and_afa_after_each_picture, test_defaults_are_not_written,
+    test_off_is_off, test_an_error_in_one_cell_leaves_the_others_right, test_whole_presets,
+    test_windows_over_what_the_request_says, test_interrupt,
+}  # fmt: skip
+
 
 def test_an_error_in_the_unet_leaves_nothing(client: Client, names: Names) -> None:
     off, on = client.draw(), client.draw(expert(names.expert))
