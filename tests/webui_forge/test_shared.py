@@ -1,6 +1,6 @@
 """What holds in AUTOMATIC1111's WebUI holds in each fork: its tests, run there.
 
-Those that send an infotext to the API are left out: Forge Neo fails on any. Pasting is tested in ``test_browser.py``.
+Those that send an infotext to the API are left out: the forks fail on any. Pasting is tested in ``test_browser.py``.
 """
 
 from __future__ import annotations
