@@ -63,5 +63,5 @@ def test_a_removed_picture_comes_again(page: Any, client: Client) -> None:
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_screenshots(browser: Any, client: Client, host: Host, names: Names, fork: Fork, theme: str) -> None:
     """Writes docs/webui-FORK-*.png where SCREENSHOTS is set; elsewhere it shows that the panel opens in both themes."""
-    client.draw(model=names.expert)
-    take_screenshot(browser, host, names, theme, f"{fork.name}-{theme}")
+    with client.settings({"sd_model_checkpoint": f"{names.expert}.safetensors"}):
+        take_screenshot(browser, host, names, theme, f"{fork.name}-{theme}")
