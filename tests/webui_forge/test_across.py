@@ -30,7 +30,7 @@ FUSIONS: dict[str, dict[str, Any]] = {
                                 {"checkpoint": "vehicles"}], "place_strength": 0.9, "snb_hold": 600,
                     "guidance": "off"},
     "place": expert(ANIMALS, place="columns 1:1 2"),
-    "places only, skipping": expert(ANIMALS, place="columns 1:1 2", place_crop=True, skipping="Forecast",
+    "places only, skipping": expert(ANIMALS, place="columns 1:1 1", place_crop=True, skipping="Forecast",
                                     skip_tolerance=0.5),
     "Average": expert(ANIMALS, method="Average"),
     "AFA": {"method": "AFA", "afa_aggregator": "afa-animals-vehicles", "afa_force": True, "guidance": "off"},
