@@ -36,8 +36,12 @@ IN_NEO = {
 
 def test_paint_a_place(browser: Any, client: Client, host: Host, names: Names, fork: Fork) -> None:
     """On a grey picture in one fork, and on the gallery's in the other: Forge's canvas gives the same mask to the
-    panel, to the API, and to a page into which the infotext is pasted."""
-    of_a1111.test_paint_a_place(browser, client, host, names, has_picture=fork.name == "neo")
+    panel, to the API, and to a page into which the infotext is pasted.
+
+    Forge Neo's page leaves the prompt as it is: a pasted value takes the type of the control's own, which is None for
+    the prompt."""
+    is_neo = fork.name == "neo"
+    of_a1111.paint_a_place(browser, client, host, names, has_picture=is_neo, pastes_prompts=not is_neo)
 
 
 def test_a_removed_picture_comes_again(page: Any, client: Client) -> None:

@@ -477,6 +477,13 @@ def paint(page: Any, panel: str, left: float = 0.7, width: float = 0.2, strokes:
 def test_paint_a_place(browser: Any, client: Client, host: Host, names: Names, has_picture: bool) -> None:
     """Painted by mouse on the gallery's picture, or on a grey one. The API makes the same picture with the mask that
     was kept, and so does the infotext pasted into an empty panel."""
+    paint_a_place(browser, client, host, names, has_picture)
+
+
+def paint_a_place(
+    browser: Any, client: Client, host: Host, names: Names, has_picture: bool, pastes_prompts: bool = True
+) -> None:
+    """``pastes_prompts``: whether the host's page does; else the prompt is written by hand."""
     client.draw(model=names.base)
     panel = PANEL.format(tab="txt2img")
     page = open_page(browser, host, "light")
@@ -513,8 +520,11 @@ def test_paint_a_place(browser: Any, client: Client, host: Host, names: Names, h
     page = open_page(browser, host, "light")
     page.locator("#txt2img_prompt textarea").fill(text[: text.index("Time taken")])
     page.locator("#txt2img_tools #paste").click()
-    page.wait_for_function("document.querySelector('#txt2img_prompt textarea').value == 'a fox, flat drawing'")
     page.locator(f"{panel}_expert1_checkpoint").wait_for(state="visible")
+    if pastes_prompts:
+        page.wait_for_function("document.querySelector('#txt2img_prompt textarea').value == 'a fox, flat drawing'")
+    else:
+        page.locator("#txt2img_prompt textarea").fill("a fox, flat drawing")
     assert place_of(page, panel) == f"mask {name}"
     again = generate(page)
     assert re.sub("Fusion seconds.*", "", again) == re.sub("Fusion seconds.*", "", text)
