@@ -102,6 +102,11 @@ class Client:
         return self.ask("/probe/fusion")
 
 
+def as_set(value: Any) -> Any:
+    """A setting as it was set: the host's API lists integers as floats, with which its Hypertile fails."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class _Settings:
     """Settings of the host for a while. Its own override_settings would leave some of them changed."""
 
@@ -111,7 +116,7 @@ class _Settings:
     def __enter__(self) -> None:
         if self.values:
             known = self.client.ask("/sdapi/v1/options")
-            self.before = {key: known.get(key, DEFAULTS.get(key)) for key in self.values}  # a fork does not list ours
+            self.before = {key: as_set(known.get(key, DEFAULTS.get(key))) for key in self.values}  # forks list none of ours
             self.client.ask("/sdapi/v1/options", self.values)
 
     def __exit__(self, *_: object) -> None:
