@@ -116,7 +116,8 @@ class _Settings:
     def __enter__(self) -> None:
         if self.values:
             known = self.client.ask("/sdapi/v1/options")
-            self.before = {key: as_set(known.get(key, DEFAULTS.get(key))) for key in self.values}  # forks list none of ours
+            # A fork does not list ours.
+            self.before = {key: as_set(known.get(key, DEFAULTS.get(key))) for key in self.values}
             self.client.ask("/sdapi/v1/options", self.values)
 
     def __exit__(self, *_: object) -> None:
