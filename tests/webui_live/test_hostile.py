@@ -65,7 +65,8 @@ def values_of(schema: dict, checkpoints: list[str]) -> st.SearchStrategy:
     if kind == "number":
         return st.floats(schema.get("minimum"), schema.get("maximum"), allow_nan=False)
     if kind == "array":
-        items, least, most = (values_of(schema["items"], checkpoints), schema.get("minItems", 0), schema["maxItems"])
+        items = values_of(schema["items"], checkpoints)
+        least, most = schema.get("minItems", 0), schema.get("maxItems", 4)
         if schema["items"]["type"] == "number":  # a window goes down
             return st.lists(items, min_size=least, max_size=most).map(lambda pair: sorted(pair, reverse=True))
         return st.lists(items, min_size=1, max_size=2) | st.lists(items, min_size=least, max_size=most + 1)
