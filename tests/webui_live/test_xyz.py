@@ -173,7 +173,7 @@ def test_weights_places_and_the_guidance_interval(client: Client, names: Names) 
 
 
 WRONG = [
-    ("[Fusion] Preset", "mine", "preset: 'mine' is not allowed; allowed: Two experts: "),
+    ("[Fusion] Preset", "mine", "preset: 'mine' is not allowed; allowed: "),
     ("[Fusion] Aggregator", "nothing", "afa_aggregator: 'nothing' is not allowed; no such aggregator"),
     ("[Fusion] Expert 1 checkpoint", "nothing", "Expert 1 checkpoint: 'nothing' is not allowed"),
     ("[Fusion] Method", "SNB,Mask it", "Method: 'Mask it' is not allowed"),
