@@ -80,7 +80,7 @@ def test_steps(changes: dict[str, Any], half: bool) -> None:
         for t in levels[:-1]:
             x = torch.randn(rows.num_all, 4, 6, 9).to(dtype)
             step = Step(session, session.schedule.level(t, t, 1 - (t + 1) / 1010), rows, list(x[: len(weights)]))
-            step.run(range(rows.num_all), x, lambda models, chosen: torch.randn(len(chosen), 4, 6, 9).to(dtype))
+            step.run(range(rows.num_all), x, lambda models, chosen, box: torch.randn(len(chosen), 4, 6, 9).to(dtype))
             step.observe()
             step.fuse()
     assert writes.found <= ALLOWED
