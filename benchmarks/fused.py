@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.kept import file_name, load_or_make
 from benchmarks.measures import psnr
 from benchmarks.skip import FIRST_SEED, SIZE, list_captions
 from demo.concepts import CATEGORY_OF
@@ -21,7 +22,6 @@ from demo.scenes import scenes
 from lib_fusion.engine.demo_sheet import FOLDER
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import quiet_libraries
-from lib_fusion.files import write_whole
 from lib_fusion.fusion.places import make_places
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import SKIP_PRESETS, FusionSettings, GenerationSettings
@@ -83,13 +83,8 @@ class Bench:
 
     def run(self, case: Case, amount: str) -> Result:
         """The result, from its file where it has been run before."""
-        name = f"{case.title}-{amount}-{self.count}"
-        path = self.out / ("".join(c if c.isalnum() or c in "-.+" else "_" for c in name) + ".npz")
-        if not path.exists():
-            made = self._run(case, amount)
-            kept = {"pictures": made.pictures, "rows": made.rows}
-            write_whole(path, lambda partial: np.savez_compressed(partial, **kept), path.with_suffix(".partial.npz"))
-        stored = np.load(path)
+        path = self.out / f"{file_name(f'{case.title}-{amount}-{self.count}')}.npz"
+        stored = load_or_make(path, lambda: vars(self._run(case, amount)))
         return Result(stored["pictures"], float(stored["rows"]))
 
     def _run(self, case: Case, amount: str) -> Result:
@@ -128,7 +123,7 @@ class Bench:
 
 
 def bench_fused(out: Path, count: int = 8, cases: Sequence[Case] = (), progress: bool = True) -> str:
-    """Draws all that is missing, and writes the table, fused.md, anew after each line; returns it."""
+    """Draws all that is missing, and writes the table, fused.md, after each line; returns it."""
     bench = Bench(out, count)
     lines = [["models, CFG", *AMOUNTS], ["---"] * (1 + len(AMOUNTS))]
     for case in cases or list_cases():

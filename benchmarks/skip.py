@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.deepcache import cached_share, deep_cache, make_diffusers_engine
+from benchmarks.kept import file_name, load_or_make
 from benchmarks.measures import FeatureDistance, psnr, ssim
 from benchmarks.peers import PEERS, Course, list_peers
 from benchmarks.skip_report import OURS, compare_with_ours, plot, write_markdown, write_table
 from lib_fusion.engine.demo_sheet import FOLDER
 from lib_fusion.engine.generate import Engine
 from lib_fusion.engine.loader import quiet_libraries
-from lib_fusion.files import write_whole
 from lib_fusion.fusion.policies import Skips
 from lib_fusion.fusion.session import FusionSession
 from lib_fusion.requests.settings import ExpertSettings, FusionSettings, GenerationSettings
@@ -70,8 +70,7 @@ class Job:
     @property
     def name(self) -> str:
         where = f"{'+'.join(self.pair)}-" if self.pair else ""
-        text = f"{where}{self.sampler}-{self.steps}-{self.guidance:g}-{self.method}"
-        return "".join(c if c.isalnum() or c in "-.+" else "_" for c in text)
+        return file_name(f"{where}{self.sampler}-{self.steps}-{self.guidance:g}-{self.method}")
 
 
 @dataclass
@@ -99,12 +98,7 @@ class Bench:
 
     def run(self, job: Job, part: int) -> Result:
         """The result on a part of the captions, from its file where it has been run before."""
-        path = self.path(job, part)
-        if not path.exists():
-            result = self._run(job, part)
-            values = {"pictures": result.pictures, "rows": result.rows, "seconds": result.seconds}
-            write_whole(path, lambda partial: np.savez_compressed(partial, **values), path.with_suffix(".partial.npz"))
-        stored = np.load(path)
+        stored = load_or_make(self.path(job, part), lambda: vars(self._run(job, part)))
         return Result(stored["pictures"], float(stored["rows"]), float(stored["seconds"]))
 
     def measured(self, *jobs: Job) -> int:
