@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,24 +81,32 @@ class Gallery:
                 for prompt in self.generation.prompts for i in range(self.generation.count)]  # fmt: skip
         (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
         total, number = len(jobs) * len(self.columns), 0
+        page = self._write(jobs)
         for prompt, seed in jobs:
+            has_drawn = False
             for title in self.columns:
                 number += 1
                 if not self._paths(title, prompt, seed)[0].exists():
                     seconds = self._draw(engine, title, prompt, seed, progress)
                     tell(f"{number} of {total}: {title}; {prompt}, seed {seed} ({seconds:.0f} s)")
-            self._write(jobs)
-        return self._write(jobs)
+                    has_drawn = True
+            if has_drawn:  # the page has all pictures in it, so that a resumed run writes it for new ones only
+                self._write(jobs)
+        return page
+
+    @cached_property
+    def _shared(self) -> tuple[list[Any], list[Any], dict[int, Any]]:
+        """What all pictures are determined by: the files, the LoRAs' weights, and the masks."""
+        files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns]
+                 for model in self.models for file in (model.path, *(lora.path for lora in model.loras))]  # fmt: skip
+        weights = [[lora.weight for lora in model.loras] for model in self.models]
+        return files, weights, {expert: mask.tolist() for expert, mask in self.masks.items()}
 
     def _paths(self, title: str, prompt: str, seed: int) -> tuple[Path, Path, Path]:
         """Where a picture's record is, written last, and the picture and its mask."""
-        settings = self.columns[title]
-        files = [[str(file), file.stat().st_size, file.stat().st_mtime_ns]
-                 for model in self.models for file in (model.path, *(lora.path for lora in model.loras))]  # fmt: skip
         generation = replace(self.generation, prompts=(prompt,), seed=seed, count=1, batch_size=1)
-        weights = [[lora.weight for lora in model.loras] for model in self.models]
-        masks = {expert: mask.tolist() for expert, mask in self.masks.items()}
-        all_of_it = [files, weights, asdict(generation), settings.to_dict(), masks]
+        files, weights, masks = self._shared
+        all_of_it = [files, weights, asdict(generation), self.columns[title].to_dict(), masks]
         key = hashlib.sha256(json.dumps(all_of_it, sort_keys=True, default=str).encode()).hexdigest()[:16]
         folder = self.folder / "pictures"
         return folder / f"{key}.json", folder / f"{key}.webp", folder / f"{key}-mask.png"
