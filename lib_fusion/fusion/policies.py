@@ -96,7 +96,7 @@ class Skips:
             self.timeline.append({})
 
     def crop(self, boxes: Mapping[int, Box]) -> None:
-        """From this step on these models predict their boxes only; a model with another box than before begins anew."""
+        """From this step on these models predict their boxes only; a model with another box than before starts over."""
         if boxes != self._boxes:
             changed = {model for model in {*boxes, *self._boxes} if boxes.get(model) != self._boxes.get(model)}
             self._policies = {key: policy for key, policy in self._policies.items() if key[0] not in changed}

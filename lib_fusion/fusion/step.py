@@ -134,7 +134,7 @@ class Step:
             part = self._predict(models, computed, x.shape[-2:], predict)
             output = torch.zeros((len(x), *part.shape[1:]), dtype=part.dtype, device=part.device)
             put(output, [row - rows.start for row in computed], part)
-        box = self._boxes.get(models[0]) if self._boxes else None
+        box = self._box_of(models[0])
         share = 1 if box is None else box.share(x.shape)
         for model in models:
             self.session.count(model, len(computed), len(wanted) - len(computed), share)
@@ -159,6 +159,10 @@ class Step:
             self._noises[model] = {i: self._skips.forecast(model, i, self.level) for i in spared}
         return [row for row in rows if self._owners[row] in self._needed[model]]
 
+    def _box_of(self, model: int) -> Box | None:
+        """On what part of the latents a model is run; None: on the whole."""
+        return self._boxes.get(model) if self._boxes else None
+
     def _predict(
         self, models: Sequence[int], rows: Sequence[int], size: Sequence[int], predict: Predict
     ) -> torch.Tensor:
@@ -166,7 +170,7 @@ class Step:
 
         The output has the latents' ``size`` (H, W), with zeros outside a model's box.
         """
-        session, box = self.session, self._boxes.get(models[0]) if self._boxes else None
+        session, box = self.session, self._box_of(models[0])
         if self.is_joint:
             session.begin_call(self.level.timestep, [self._owners[row] for row in rows])
         with session.using_freeu(BASE if self.is_joint else models[0], self.level):
